@@ -1,0 +1,1 @@
+"""One way through training: config, mesh, data, model, weights, state, epochs, report."""
