@@ -1,0 +1,191 @@
+"""TFDS-prepared folders: found, or downloaded and prepared without TensorFlow.
+
+``python -m input_pipeline.prepare cifar10 --data_dir DIR`` prepares one by itself, for machines
+whose training nodes have no network.
+
+TFDS's own builders of these data sets read files and encode pictures through TensorFlow. So the
+download (checksums included), the features and the record format are TFDS's, while the archives
+are read here, and pictures are handed over as PIL images, which TFDS encodes without TensorFlow.
+"""
+
+import gzip
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import tyro
+from tyro.conf import Positional
+
+from input_pipeline.errors import DataError
+from input_pipeline.specs import SPECS, DatasetSpec
+
+PROBE_SECONDS = 6.0
+
+# (key, example) pairs, as TFDS builders generate them.
+Examples = Iterator[tuple[int, dict]]
+
+
+def check_available(spec: DatasetSpec, data_dir: Path) -> None:
+    """Finds out within seconds whether :func:`prepared_builder` can succeed.
+
+    Raises:
+      DataError: if the data set is in a format that needs TensorFlow, or absent and not to be had.
+    """
+    builder = _builder(spec, data_dir)
+    if not builder.is_prepared():
+        url = next(iter(builder.url_infos))
+        if not _reachable(url):
+            raise DataError(
+                f"--dataset {spec.name}: not prepared in {data_dir}, and {url} cannot be reached; "
+                f"run `python -m input_pipeline.prepare {spec.name} --data_dir DIR` where it can, "
+                "then give that DIR as --data_dir"
+            )
+    elif (found := builder.info.file_format.value) != "array_record":
+        raise DataError(
+            f"--data_dir {data_dir}: {spec.tfds_name} is there as {found}, "
+            "which only TensorFlow reads; give another folder and it will be prepared there"
+        )
+
+
+def prepared_builder(spec: DatasetSpec, data_dir: Path):
+    """Returns TFDS's builder of a data set, downloaded and prepared if it was not yet.
+
+    Raises:
+      DataError: if the download fails or the folder cannot be written.
+    """
+    from tensorflow_datasets.core.download import DownloadError
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+    builder = _builder(spec, data_dir)
+    if not builder.is_prepared():
+        urls = {url.rsplit("/", 1)[-1]: url for url in builder.url_infos}
+        read = ARCHIVES[spec.tfds_name]
+        builder._split_generators = lambda downloads: read(downloads.download(urls), builder.info)
+        try:
+            builder.download_and_prepare()
+        except (OSError, DownloadError, NonMatchingChecksumError) as error:
+            raise DataError(
+                f"--data_dir {data_dir}: cannot prepare {spec.name} there: {error}"
+            ) from error
+    return builder
+
+
+def _builder(spec: DatasetSpec, data_dir: Path):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(spec.tfds_name, data_dir=data_dir)
+    if builder.is_prepared():
+        return builder
+    return tfds.builder(spec.tfds_name, data_dir=data_dir, file_format="array_record")
+
+
+def _reachable(url: str) -> bool:
+    """Whether anything answers at ``url``. TFDS would retry for minutes to find out."""
+    import requests
+
+    answered = threading.Event()
+
+    def ask():
+        try:
+            requests.head(url, timeout=PROBE_SECONDS)
+        except requests.RequestException:
+            return
+        answered.set()
+
+    # In a thread, since looking up a name has no timeout of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()
+
+
+def _mnist(paths: dict[str, Path], info) -> dict[str, Examples]:
+    del info
+
+    def examples(prefix: str) -> Examples:
+        pixels = gzip.decompress(paths[f"{prefix}-images-idx3-ubyte.gz"].read_bytes())[16:]
+        labels = gzip.decompress(paths[f"{prefix}-labels-idx1-ubyte.gz"].read_bytes())[8:]
+        pictures = np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28)
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            yield i, {"image": _picture(picture), "label": label}
+
+    return {"train": examples("train"), "test": examples("t10k")}
+
+
+def _cifar(members: dict[str, list[str]], names: dict[str, str]) -> Callable:
+    """A reader of CIFAR's binary archives.
+
+    Args:
+      members: the archive's files that make up each split.
+      names: the file of class names of each label, in the order of the labels' bytes.
+    """
+
+    def read(paths: dict[str, Path], info) -> dict[str, Examples]:
+        (path,) = paths.values()
+        with tarfile.open(path) as archive:
+            files = {
+                Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()
+            }
+        for label, file in names.items():
+            info.features[label].names = files[file].decode().split()
+
+        def examples(split: str) -> Examples:
+            data = np.frombuffer(b"".join(files[f] for f in members[split]), np.uint8)
+            for i, record in enumerate(data.reshape(-1, len(names) + 3 * 32 * 32)):
+                labels = dict(zip(names, record.tolist(), strict=False))
+                picture = record[len(names) :].reshape(3, 32, 32).transpose(1, 2, 0)
+                yield i, {"id": f"{split}_{i:05d}", "image": _picture(picture), **labels}
+
+        return {split: examples(split) for split in members}
+
+    return read
+
+
+def _picture(pixels: np.ndarray):
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+ARCHIVES = {
+    "mnist": _mnist,
+    "cifar10": _cifar(
+        {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]},
+        {"label": "batches.meta.txt"},
+    ),
+    "cifar100": _cifar(
+        {"train": ["train.bin"], "test": ["test.bin"]},
+        {"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"},
+    ),
+}
+
+
+def main(dataset: Positional[str], data_dir: Path | None = None) -> None:
+    """Downloads, prepares and decodes a data set, so that training on it starts at once.
+
+    Args:
+      dataset: mnist, cifar10 or cifar100.
+      data_dir: where to; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    """
+    from input_pipeline import sources
+
+    if dataset not in ARCHIVES:
+        _refuse(f"{dataset}: unknown; choose from {', '.join(ARCHIVES)}")
+    try:
+        sources.load(SPECS[dataset], data_dir)
+    except DataError as error:
+        _refuse(str(error))
+    print(f"{dataset} is prepared in {data_dir or sources.default_data_dir()}")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, use_underscores=True)

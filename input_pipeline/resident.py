@@ -1,0 +1,110 @@
+"""Small data sets: the whole set on the device as uint8, batches made inside jit.
+
+Nothing here touches the host: shuffling, augmentation and normalisation are traced into the
+compiled training program, so that one dispatch can run any number of steps.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from input_pipeline.sources import Split
+from input_pipeline.specs import DatasetSpec
+
+PADDING = 4
+
+
+class Batch(NamedTuple):
+    """What a step is given.
+
+    Attributes:
+      images: ``(batch, height, width, channels)``, normalised, floating.
+      labels: ``(batch,)`` int32.
+      weights: ``(batch,)`` floating, 1 for an example and 0 for padding.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+
+
+def epoch_order(key: jax.Array, epoch: jax.typing.ArrayLike, size: int) -> jax.Array:
+    """The order in which an epoch visits the examples: a permutation of ``range(size)``."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), size)
+
+
+def train_batch(
+    spec: DatasetSpec,
+    split: Split,
+    order: jax.Array,
+    index: jax.typing.ArrayLike,
+    key: jax.Array,
+    batch_size: int,
+    dtype: jax.typing.DTypeLike,
+) -> Batch:
+    """Batch number ``index`` of an epoch.
+
+    Args:
+      spec: the data set.
+      split: its training split, on the device.
+      order: of this epoch, from :func:`epoch_order`.
+      index: which batch, in ``range(len(order) // batch_size)``.
+      key: for the augmentation of this batch.
+      batch_size: number of examples; static.
+      dtype: of the pictures.
+    """
+    chosen = jax.lax.dynamic_slice_in_dim(order, index * batch_size, batch_size)
+    images = split.images[chosen]
+    if spec.augment:
+        images = crop_and_flip(key, images)
+    images = normalise(spec, images, dtype)
+    return Batch(images, split.labels[chosen], jnp.ones(batch_size, dtype))
+
+
+def eval_batch(
+    spec: DatasetSpec,
+    split: Split,
+    index: jax.typing.ArrayLike,
+    batch_size: int,
+    dtype: jax.typing.DTypeLike,
+) -> Batch:
+    """Batch number ``index`` in the order of the file; past the end, padding of weight zero."""
+    positions = index * batch_size + jnp.arange(batch_size)
+    chosen = jnp.minimum(positions, len(split.labels) - 1)
+    images = normalise(spec, split.images[chosen], dtype)
+    return Batch(images, split.labels[chosen], (positions < len(split.labels)).astype(dtype))
+
+
+def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Pads with 4 zeros on every side, crops each picture at random, flips every second or so.
+
+    Args:
+      key: a random key.
+      images: ``(batch, height, width, channels)``, of any dtype.
+
+    Returns:
+      An array like ``images``. Each of the 9 x 9 crops is equally likely, and flips are fair.
+    """
+    batch, height, width, channels = images.shape
+    crop_key, flip_key = jax.random.split(key)
+    shifts = jax.random.randint(crop_key, (batch, 2), -PADDING, PADDING + 1)
+    flips = jax.random.bernoulli(flip_key, shape=(batch, 1))
+    rows = jnp.arange(height) + shifts[:, :1]
+    columns = jnp.where(flips, jnp.arange(width)[::-1], jnp.arange(width)) + shifts[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
+        :, None
+    ]
+    # One gather of whole pixels from one long row of them. On a CPU, slices of padded pictures
+    # and a choice between them and their mirror images cost five times as much.
+    pixels = (jnp.arange(batch)[:, None, None] * height + rows[:, :, None]) * width + columns[
+        :, None
+    ]
+    gathered = images.reshape(-1, channels)[jnp.where(inside, pixels, 0)]
+    return jnp.where(inside[..., None], gathered, 0)
+
+
+def normalise(spec: DatasetSpec, images: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """uint8 pictures to ``(pixel / 255 - mean) / std``, channel by channel."""
+    mean, std = jnp.asarray(spec.mean, dtype), jnp.asarray(spec.std, dtype)
+    return (images.astype(dtype) / 255 - mean) / std

@@ -1,0 +1,147 @@
+"""Whole small data sets as uint8 arrays: bundled digits, or a prepared TFDS folder."""
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from input_pipeline import prepare
+from input_pipeline.errors import DataError
+from input_pipeline.specs import DatasetSpec
+
+log = logging.getLogger(__name__)
+
+
+class Split(NamedTuple):
+    """Pictures ``(n, height, width, channels)`` uint8 with labels ``(n,)`` int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Arrays(NamedTuple):
+    """A whole data set in host memory."""
+
+    train: Split
+    test: Split
+
+
+def default_data_dir() -> Path:
+    """``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, as TFDS itself has it."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def load(spec: DatasetSpec, data_dir: str | os.PathLike | None = None) -> Arrays:
+    """Loads a small data set, preparing it first where it is not there yet.
+
+    Args:
+      spec: which one.
+      data_dir: where TFDS keeps prepared data; None means :func:`default_data_dir`.
+
+    Raises:
+      DataError: if it is neither prepared nor to be downloaded, or is not what it should be.
+    """
+    if spec.tfds_name is None:
+        return _digits()
+    data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
+    prepare.check_available(spec, data_dir)
+    # One process prepares and decodes; others that start meanwhile wait and read its cache.
+    with _lock(data_dir / f".{spec.tfds_name}.lock"):
+        return _decoded(spec, prepare.prepared_builder(spec, data_dir))
+
+
+def _digits() -> Arrays:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    # The file is ordered by writer. RandomState's streams are frozen: the split never changes.
+    order = np.random.RandomState(0).permutation(len(labels))
+    train, test = order[:-360], order[-360:]
+    return Arrays(Split(images[train], labels[train]), Split(images[test], labels[test]))
+
+
+@contextmanager
+def _lock(path: Path):
+    """Holds a lock file, or nothing where none can be made (a read-only folder)."""
+    import filelock
+
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path) if os.access(path.parent, os.W_OK) else nullcontext():
+        yield
+
+
+def _decoded(spec: DatasetSpec, builder) -> Arrays:
+    """The pictures of a prepared data set, from the cache beside it where that is current."""
+    folder = Path(os.fspath(builder.data_path))
+    cache = folder.parent / f"decoded-{folder.name}.npz"
+    fingerprint = _fingerprint(folder)
+    arrays = _read_cache(cache, fingerprint)
+    if arrays is None:
+        log.info("decoding %s once; the next start reads %s", spec.name, cache)
+        arrays = Arrays(_decode(spec, builder, "train"), _decode(spec, builder, "test"))
+        _write_cache(cache, fingerprint, arrays)
+    return arrays
+
+
+def _fingerprint(folder: Path) -> str:
+    """Changes whenever a file of the prepared data set does."""
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _read_cache(path: Path, fingerprint: str) -> Arrays | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["fingerprint"]) != fingerprint:
+                return None
+            # Reading a member to its end checks its CRC: a damaged file is an error here.
+            return Arrays(
+                *(Split(stored[f"{s}_images"], stored[f"{s}_labels"]) for s in Arrays._fields)
+            )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("decoding again: %s is damaged (%s)", path, error)
+        return None
+
+
+def _write_cache(path: Path, fingerprint: str, arrays: Arrays) -> None:
+    members = {"fingerprint": np.array(fingerprint)}
+    for name, split in arrays._asdict().items():
+        members |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
+    # The lock makes this name ours, and what a killed process left there is overwritten.
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, **members)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        log.warning("the next start decodes again: cannot write %s (%s)", path, error.strerror)
+
+
+def _decode(spec: DatasetSpec, builder, split: str) -> Split:
+    source = builder.as_data_source(split)
+    images = np.empty((len(source), *spec.image_shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    for start in range(0, len(source), 1000):
+        indices = range(start, min(start + 1000, len(source)))
+        for i, example in zip(indices, source.__getitems__(indices), strict=True):
+            if example["image"].shape != spec.image_shape:
+                raise DataError(
+                    f"--dataset {spec.name}: {builder.data_path} has a picture of shape "
+                    f"{example['image'].shape}, not {spec.image_shape}; prepare it again"
+                )
+            images[i], labels[i] = example["image"], example["label"]
+    return Split(images, labels)

@@ -1,0 +1,50 @@
+import io
+
+import pytest
+from PIL import Image
+
+from input_pipeline.sources import default_data_dir
+from tests.pictures import small_pictures
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Returns a function that prepares a small TFDS folder: (name, train, test) -> data_dir."""
+
+    def prepare(name, train=96, test=50, file_format="array_record"):
+        import tensorflow_datasets as tfds
+
+        tfds.disable_progress_bar()
+        builder = tfds.builder(name, data_dir=tmp_path / "tfds", file_format=file_format)
+
+        def examples(split, count):
+            images, labels = small_pictures(name, count, seed=len(split))
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                png = io.BytesIO()
+                Image.fromarray(image.squeeze()).save(png, format="png")
+                png.seek(0)
+                example = {"image": png, "label": label}
+                if name.startswith("cifar"):
+                    example["id"] = f"{split}_{i}"
+                if name == "cifar100":
+                    example["coarse_label"] = label // 5
+                yield i, example
+
+        splits = {"train": examples("train", train), "test": examples("test", test)}
+        builder._split_generators = lambda _: splits
+        builder.download_and_prepare()
+        return tmp_path / "tfds"
+
+    return prepare
+
+
+@pytest.fixture
+def real_data():
+    """Returns a function that skips the test unless a prepared data set is found by default."""
+
+    def require(name):
+        folder = default_data_dir() / name
+        if not any(folder.glob("*/dataset_info.json")):
+            pytest.skip(f"needs the real {name}, prepared in {folder.parent} (or $TFDS_DATA_DIR)")
+
+    return require

@@ -1,0 +1,139 @@
+"""Downloads, tried with archives of the true formats on a server of our own."""
+
+import functools
+import gzip
+import http.server
+import io
+import subprocess
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from input_pipeline import prepare, sources
+from input_pipeline.errors import DataError
+from input_pipeline.specs import SPECS
+from tests.pictures import small_pictures
+
+
+def mnist_archives(folder):
+    for split, file, count in (("train", "train", 40), ("test", "t10k", 20)):
+        images, labels = small_pictures("mnist", count, seed=len(split))
+        pixels, classes = bytes(16) + images.tobytes(), bytes(8) + bytes(labels.tolist())
+        for kind, content in (("images-idx3", pixels), ("labels-idx1", classes)):
+            path = folder / f"{file}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(content))
+            yield path.name
+
+
+def cifar_archive(folder, name, batches, label_files):
+    archive = f"{name}-binary.tar.gz"
+    with tarfile.open(folder / archive, "w:gz") as tar:
+
+        def add(file, content):
+            info = tarfile.TarInfo(f"some-folder/{file}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+        for file, split, chosen in batches:
+            count = 40 if split == "train" else 20
+            images, labels = small_pictures(name, count, seed=len(split))
+            # Bytes of a record: the labels, the fine one last, then three planes of colour.
+            coarse = [bytes([label // 5]) if name == "cifar100" else b"" for label in labels]
+            records = [
+                c + bytes([label]) + image.transpose(2, 0, 1).tobytes()
+                for c, label, image in zip(coarse, labels.tolist(), images, strict=True)
+            ]
+            add(file, b"".join(records[chosen]))
+        for file, count in label_files.items():
+            add(file, "".join(f"name{i}\n" for i in range(count)).encode() + b"\n")
+    yield archive
+
+
+ARCHIVES = {
+    "mnist": mnist_archives,
+    "cifar10": functools.partial(
+        cifar_archive,
+        name="cifar10",
+        batches=[
+            *((f"data_batch_{i + 1}.bin", "train", slice(8 * i, 8 * i + 8)) for i in range(5)),
+            ("test_batch.bin", "test", slice(None)),
+        ],
+        label_files={"batches.meta.txt": 10},
+    ),
+    "cifar100": functools.partial(
+        cifar_archive,
+        name="cifar100",
+        batches=[("train.bin", "train", slice(None)), ("test.bin", "test", slice(None))],
+        label_files={"coarse_label_names.txt": 20, "fine_label_names.txt": 100},
+    ),
+}
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Returns a function that makes TFDS find a data set's archives on a server of our own."""
+    tfds.disable_progress_bar()
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def serve(name):
+        host = f"http://127.0.0.1:{server.server_port}"
+        urls = {f"{host}/{file}": None for file in ARCHIVES[name](folder)}
+        monkeypatch.setattr(tfds.core.DatasetBuilder, "url_infos", property(lambda _: urls))
+        return folder
+
+    yield serve
+    server.shutdown()
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_an_absent_data_set_is_downloaded_and_prepared_without_tensorflow(served, tmp_path, name):
+    served(name)
+    assert "tensorflow" not in sys.modules
+    arrays = sources.load(SPECS[name], tmp_path / "data")
+    assert "tensorflow" not in sys.modules
+    for split, count in (("train", 40), ("test", 20)):
+        images, labels = small_pictures(name, count, seed=len(split))
+        found = getattr(arrays, split)
+        # TFDS shuffles what it prepares.
+        order = lambda x: np.lexsort(x.reshape(len(x), -1).T)
+        np.testing.assert_array_equal(found.images[order(found.images)], images[order(images)])
+        np.testing.assert_array_equal(found.labels[order(found.images)], labels[order(images)])
+    builder = tfds.builder(SPECS[name].tfds_name, data_dir=tmp_path / "data")
+    assert builder.info.splits["train"].num_examples == 40
+    assert builder.info.file_format.value == "array_record"
+    if name == "cifar100":
+        assert builder.info.features["coarse_label"].num_classes == 20
+        assert builder.info.features["label"].names[:2] == ["name0", "name1"]
+
+
+def test_a_download_that_breaks_off_is_one_line(served, tmp_path):
+    folder = served("mnist")
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(DataError, match=r"^--data_dir .*: cannot prepare mnist there: .*$"):
+        sources.load(SPECS["mnist"], tmp_path / "data")
+
+
+def test_preparing_by_itself_prints_where(served, tmp_path, capsys):
+    served("mnist")
+    prepare.main("mnist", tmp_path / "data")
+    assert f"mnist is prepared in {tmp_path / 'data'}" in capsys.readouterr().out
+
+
+def test_preparing_an_unknown_data_set_names_the_known():
+    command = [sys.executable, "-m", "input_pipeline.prepare", "imagenette"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "error: imagenette: unknown; choose from mnist, cifar10, cifar100\n"
