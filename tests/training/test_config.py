@@ -1,0 +1,48 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from input_pipeline.specs import SPECS
+from training import config as config_module
+from training.config import ConfigError, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arch": "resnext"}, r"--arch resnext: unknown; choose from .*fcn"),
+        ({"dataset": "svhn"}, r"--dataset svhn: unknown; choose from digits, mnist, cifar10"),
+        ({"loss": "hinge"}, r"--loss hinge: unknown; choose from mse, xent"),
+        ({"platform": "npu"}, r"--platform npu: unknown; choose from cpu, gpu, tpu"),
+        ({"precision": "f8"}, r"--precision f8: unknown; choose from f32, bf16, f64"),
+        ({"width": 0}, r"--width 0: must be at least 1"),
+        ({"depth": -3}, r"--depth -3: must be at least 1"),
+        ({"epochs": 0}, r"--epochs 0: must be at least 1"),
+        ({"train_bs": 0}, r"--train_bs 0: must be at least 1"),
+        ({"test_bs": -1}, r"--test_bs -1: must be at least 1"),
+        ({"gain": float("nan")}, r"--gain nan: must be positive and finite"),
+        ({"seed": 2**32}, r"--seed 4294967296: must be at least 0 and less than 2\*\*32"),
+    ],
+)
+def test_wrong_fields_are_named_with_what_would_work(fields, message):
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        TrainConfig(**fields).resolved()
+    assert "\n" not in str(error.value)
+
+
+def test_loss_defaults_to_that_of_the_data_set(monkeypatch):
+    assert TrainConfig().resolved().loss == "mse"
+    assert TrainConfig(loss="xent").resolved().loss == "xent"
+    monkeypatch.setattr(config_module, "DATASETS", tuple(SPECS))
+    assert TrainConfig(dataset="imagenet").resolved().loss == "xent"
+
+
+def test_json_has_every_field():
+    config = TrainConfig(workdir=Path("a/b")).resolved()
+    stored = json.loads(json.dumps(config.to_json()))
+    assert stored.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert stored["workdir"] == "a/b"
+    assert stored["loss"] == "mse"
+    assert stored["data_dir"] is None

@@ -1,0 +1,97 @@
+import json
+import struct
+
+import pytest
+from PIL import Image
+
+from training import curves
+from training.config import TrainConfig
+from training.reporting import CurvesDrawer, Reporter
+
+COUNTS = ["epoch", "step", "seconds", "images_per_second"]
+AVERAGES = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "gradient_summary"]
+FIELDS = [*COUNTS, *AVERAGES, "eta", "eta_min", "eta_max"]
+
+
+def record(epoch):
+    return dict.fromkeys(FIELDS, 0.5) | {"epoch": epoch, "step": 10 * epoch}
+
+
+def new_reporter(tmp_path):
+    config = TrainConfig(epochs=2).resolved()
+    return Reporter(config, tmp_path / "deep" / "run", {"devices": "1 x cpu"})
+
+
+def scalars(path):
+    """(tag, step, value) of every scalar in a TensorBoard event file."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack_from("<Q", data)
+        event = Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        for value in event.summary.value:
+            yield value.tag, event.step, value.simple_value
+
+
+def test_a_run_leaves_config_metrics_events_and_curves(tmp_path):
+    with new_reporter(tmp_path) as reporter:
+        for epoch in (1, 2):
+            reporter.epoch(record(epoch))
+            lines = (tmp_path / "deep" / "run" / "metrics.jsonl").read_text().splitlines()
+            assert len(lines) == epoch
+    folder = tmp_path / "deep" / "run"
+    assert json.loads((folder / "config.json").read_text())["arch"] == "fcn"
+    assert [json.loads(line) for line in lines] == [record(1), record(2)]
+    assert Image.open(folder / "curves.png").size == (1320, 396)
+    (events,) = folder.glob("events.out.tfevents.*")
+    expected = {(name, 10 * epoch) for name in FIELDS for epoch in (1, 2)}
+    assert {(tag, step) for tag, step, _ in scalars(events)} == expected
+    assert not list(folder.glob("*.partial"))
+
+
+def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
+    with new_reporter(tmp_path) as reporter:
+        reporter.begin(1.25)
+        reporter.progress(
+            1, 0.5, dict.fromkeys(["loss", "accuracy", "eta", "images_per_second"], 1)
+        )
+        reporter.epoch(record(1))
+        reporter.epoch(record(2))
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "\r" not in output
+    lines = output.splitlines()
+    assert lines[0] == "devices   1 x cpu"
+    assert "compiled in 1.2 s" in lines
+    assert sum(line.lstrip().startswith("epoch ") for line in lines) == 1
+    assert any(line.lstrip().startswith("2      0.5000   50.0%") for line in lines)
+    assert "50.00% after epoch 2, best 50.00% after epoch 1" in output
+    assert "curves.png" in lines[-3]
+
+
+def test_epochs_that_end_while_a_picture_is_drawn_share_the_next(tmp_path, monkeypatch):
+    import threading
+
+    drawn, may_go_on = [], threading.Event()
+
+    def draw(records, title, path):
+        drawn.append(len(records))
+        may_go_on.wait(10)
+
+    monkeypatch.setattr(curves, "draw", draw)
+    drawer = CurvesDrawer(tmp_path / "curves.png", "title")
+    for epoch in range(1, 6):
+        drawer.draw([record(i) for i in range(1, epoch + 1)])
+    may_go_on.set()
+    drawer.close()
+    assert drawn[-1] == 5
+    assert len(drawn) <= 3
+
+
+def test_a_picture_that_cannot_be_drawn_is_not_passed_over_in_silence(tmp_path):
+    drawer = CurvesDrawer(tmp_path / "no such folder" / "curves.png", "title")
+    drawer.draw([record(1)])
+    with pytest.raises(FileNotFoundError):
+        drawer.close()

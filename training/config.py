@@ -1,0 +1,99 @@
+"""What a run is told: one frozen dataclass, whose fields are the flags of ``train.py``."""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from input_pipeline.specs import SPECS
+from models import ARCHITECTURES
+
+ARCHS = tuple(ARCHITECTURES)
+LOSSES = ("mse", "xent")
+PLATFORMS = ("cpu", "gpu", "tpu")
+PRECISIONS = ("f32", "bf16", "f64")
+DATASETS = tuple(name for name, spec in SPECS.items() if not spec.streamed)
+
+
+class ConfigError(Exception):
+    """A flag cannot be followed; the message names it, what was given and what would work."""
+
+
+def _flag(choices: tuple[str, ...] = (), default: str | None = None):
+    """How ``--help`` shows a field: what it may be, and what it is when it is left out."""
+    return tyro.conf.arg(
+        metavar="|".join(choices) or None,
+        help_behavior_hint=f"(default: {default})" if default else None,
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a network with automatic gradient descent: no learning rate, nothing to tune."""
+
+    arch: Annotated[str, _flag(ARCHS)] = "fcn"
+    """The network."""
+    dataset: Annotated[str, _flag(DATASETS)] = "digits"
+    """The data set."""
+    loss: Annotated[str | None, _flag(LOSSES, "mse, on imagenet xent")] = None
+    """Mean squared error or cross-entropy."""
+    train_bs: int = 128
+    """Examples in a training batch, over all devices together."""
+    test_bs: int = 128
+    """Examples in a test batch, over all devices together."""
+    epochs: int = 60
+    """Passes over the training set."""
+    depth: int = 10
+    """Number of layers of fcn."""
+    width: int = 256
+    """Width of the hidden layers of fcn."""
+    gain: float = 1.0
+    """Multiplies every update; 1 is AGD, 10 an experiment."""
+    seed: int = 0
+    """Fixes starting weights, order and augmentation."""
+    data_dir: Annotated[
+        Path | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    ] = None
+    """Where TensorFlow Datasets keeps its data."""
+    workdir: Annotated[Path | None, _flag(("DIR",), "runs/<dataset>-<arch>-<time>")] = None
+    """Where the run leaves its files."""
+    platform: Annotated[str | None, _flag(PLATFORMS, "the best that JAX finds")] = None
+    """Where to compute."""
+    precision: Annotated[str, _flag(PRECISIONS)] = "f32"
+    """Arithmetic of the network; bf16 keeps parameters, loss and optimiser in f32."""
+
+    def resolved(self) -> "TrainConfig":
+        """Returns the config with defaults that depend on other fields filled in, and checked.
+
+        Raises:
+          ConfigError: for the first field that is wrong.
+        """
+        _choose("--arch", self.arch, ARCHS)
+        _choose("--dataset", self.dataset, DATASETS)
+        config = dataclasses.replace(self, loss=self.loss or SPECS[self.dataset].loss)
+        _choose("--loss", config.loss, LOSSES)
+        _choose("--precision", self.precision, PRECISIONS)
+        if self.platform is not None:
+            _choose("--platform", self.platform, PLATFORMS)
+        for name in ("train_bs", "test_bs", "epochs", "depth", "width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not 0 < self.gain < math.inf:
+            raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
+        return config
+
+    def to_json(self) -> dict:
+        """The fields as what JSON has: numbers, strings and null."""
+        fields = dataclasses.asdict(self)
+        return {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
+
+
+def _choose(flag: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ConfigError(f"{flag} {given}: unknown; choose from {', '.join(choices)}")

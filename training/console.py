@@ -1,0 +1,99 @@
+"""The terminal: a bar where there is one, plain lines where there is not."""
+
+from pathlib import Path
+
+import rich.console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+COLUMNS = (
+    # heading, width, how the record says it
+    ("epoch", 7, lambda r: str(r["epoch"])),
+    ("train loss", 10, lambda r: f"{r['train_loss']:.4f}"),
+    ("acc", 6, lambda r: f"{r['train_accuracy']:.1%}"),
+    ("test loss", 9, lambda r: f"{r['test_loss']:.4f}"),
+    ("acc", 6, lambda r: f"{r['test_accuracy']:.1%}"),
+    ("eta", 6, lambda r: f"{r['eta']:.4f}"),
+    ("range in epoch", 15, lambda r: f"{r['eta_min']:.4f}-{r['eta_max']:.4f}"),
+    ("images/s", 9, lambda r: f"{r['images_per_second']:,.0f}"),
+)
+
+
+class Console:
+    """Says what happens, on standard output."""
+
+    def __init__(self, epochs: int, facts: dict[str, str]):
+        """Says what was resolved.
+
+        Args:
+          epochs: how many there will be.
+          facts: what to say, by name.
+        """
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._epochs = epochs
+        self._bar = None
+        for name, fact in facts.items():
+            self.say(f"{name:9s} {fact}")
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[averages]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task(f"epoch 1/{epochs}", total=epochs, averages="")
+
+    def say(self, line: str) -> None:
+        """One line, as it is."""
+        self._console.print(line, markup=False)
+
+    def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
+        """Moves the bar; see :meth:`training.reporting.Reporter.progress`."""
+        if self._bar is None:
+            return
+        text = (
+            f"loss {averages['loss']:.4f}  acc {averages['accuracy']:.1%}  "
+            f"eta {averages['eta']:.4f}  {averages['images_per_second']:,.0f} images/s"
+        )
+        self._bar.update(
+            self._task,
+            description=f"epoch {epoch}/{self._epochs}",
+            completed=epoch - 1 + done,
+            averages=text,
+        )
+
+    def begin(self) -> None:
+        """The heading over the lines of the epochs, and the bar under them."""
+        self.say("  ".join(f"{name:>{width}}" for name, width, _ in COLUMNS))
+        if self._bar is not None:
+            self._bar.start()
+
+    def epoch(self, record: dict) -> None:
+        """The line of an epoch."""
+        self.say("  ".join(f"{text(record):>{width}}" for _, width, text in COLUMNS))
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def summary(self, records: list[dict], seconds: float, workdir: Path) -> None:
+        """The table at the end, and where things are."""
+        first, last = records[0], records[-1]
+        best = max(records, key=lambda r: r["test_accuracy"])
+        table = Table(title="Result", title_justify="left", show_header=False)
+        rows = {
+            "test accuracy": f"{last['test_accuracy']:.2%} after epoch {last['epoch']}, best "
+            f"{best['test_accuracy']:.2%} after epoch {best['epoch']}",
+            "test loss": f"{last['test_loss']:.4f}",
+            "training loss": f"{last['train_loss']:.4f}, accuracy {last['train_accuracy']:.2%}",
+            "eta": f"{first['eta']:.4f} in the first epoch, {last['eta']:.4f} in the last",
+            "time": f"{seconds:.1f} s, {sum(r['seconds'] for r in records):.1f} s of them training",
+        }
+        for name, text in rows.items():
+            table.add_row(name, text)
+        self._console.print(table)
+        self.say(f"curves     {workdir / 'curves.png'}")
+        self.say(f"metrics    {workdir / 'metrics.jsonl'}")
+        self.say(f"dashboard  tensorboard --logdir {workdir}")

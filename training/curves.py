@@ -1,0 +1,46 @@
+"""The picture of a run: loss, accuracy and the automatic learning rate."""
+
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+TRAIN, TEST, ETA = "#7a8ba3", "#c8452f", "#2f6f5e"
+
+
+def draw(records: list[dict], title: str, path: Path) -> None:
+    """Draws the records of ``metrics.jsonl``, replacing the picture at once or not at all."""
+    # Fixed margins: finding them anew would take as long as all the rest.
+    margins = {"left": 0.04, "right": 0.985, "bottom": 0.14, "top": 0.82, "wspace": 0.16}
+    figure = Figure(figsize=(12, 3.6), dpi=110)
+    loss, accuracy, eta = figure.subplots(1, 3, gridspec_kw=margins)
+    epochs = [r["epoch"] for r in records]
+
+    def line(axes, name, color, label):
+        # A line of one point cannot be seen.
+        marker = "o" if len(records) == 1 else None
+        axes.plot(epochs, [r[name] for r in records], color=color, label=label, marker=marker)
+
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        line(axes, f"train_{name}", TRAIN, "training")
+        line(axes, f"test_{name}", TEST, "test")
+        axes.set_title(name.capitalize())
+    loss.set_ylim(bottom=0)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    low, high = ([r[name] for r in records] for name in ("eta_min", "eta_max"))
+    eta.fill_between(epochs, low, high, color=ETA, alpha=0.2, linewidth=0, label="range in epoch")
+    line(eta, "eta", ETA, "mean")
+    eta.set_title("Automatic learning rate eta")
+    eta.set_ylim(bottom=0)
+    for axes in (loss, accuracy, eta):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, path)

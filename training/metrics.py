@@ -1,0 +1,95 @@
+"""What training measures: sums that stay on the device and are fetched rarely."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Metrics(NamedTuple):
+    """Sums over examples, as scalars of one floating dtype.
+
+    Attributes:
+      examples: how many there were, padding left out.
+      loss: sum of their losses.
+      correct: how many of them the network put into the right class.
+    """
+
+    examples: jax.Array
+    loss: jax.Array
+    correct: jax.Array
+
+
+class TrainMetrics(NamedTuple):
+    """The same, and what the optimiser did, as scalars of one floating dtype.
+
+    Attributes:
+      sums: over the examples.
+      steps: how many there were.
+      eta: sum over the steps of the automatic learning rate.
+      eta_min: the smallest.
+      eta_max: the largest.
+      gradient_summary: sum over the steps of G.
+    """
+
+    sums: Metrics
+    steps: jax.Array
+    eta: jax.Array
+    eta_min: jax.Array
+    eta_max: jax.Array
+    gradient_summary: jax.Array
+
+
+def of_batch(
+    losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: jax.Array
+) -> Metrics:
+    """Sums over one batch.
+
+    Args:
+      losses: ``(batch,)``, one for each example.
+      logits: ``(batch, num_classes)``.
+      labels: ``(batch,)`` integers.
+      weights: ``(batch,)``, 1 for an example and 0 for padding.
+    """
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(losses.dtype)
+    return Metrics(jnp.sum(weights), jnp.sum(weights * losses), jnp.sum(weights * hits))
+
+
+def no_metrics(dtype: jax.typing.DTypeLike) -> Metrics:
+    """The sums over no example."""
+    return Metrics(*jnp.zeros([3], dtype))
+
+
+def no_train_metrics(dtype: jax.typing.DTypeLike) -> TrainMetrics:
+    """The sums over no step."""
+    zero, infinity = jnp.zeros([], dtype), jnp.full([], jnp.inf, dtype)
+    return TrainMetrics(no_metrics(dtype), zero, zero, infinity, -infinity, zero)
+
+
+def add(a: Metrics, b: Metrics) -> Metrics:
+    """Metrics of the examples of both."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def add_train(a: TrainMetrics, b: TrainMetrics) -> TrainMetrics:
+    """Metrics of the steps of both."""
+    return jax.tree.map(jnp.add, a, b)._replace(
+        eta_min=jnp.minimum(a.eta_min, b.eta_min), eta_max=jnp.maximum(a.eta_max, b.eta_max)
+    )
+
+
+def averages(metrics: Metrics) -> dict[str, float]:
+    """Mean loss and accuracy (0 to 1), on the host."""
+    examples, loss, correct = map(float, metrics)
+    return {"loss": loss / examples, "accuracy": correct / examples}
+
+
+def train_averages(metrics: TrainMetrics) -> dict[str, float]:
+    """The same with the mean and the range of eta and the mean gradient summary, on the host."""
+    steps = float(metrics.steps)
+    return averages(metrics.sums) | {
+        "eta": float(metrics.eta) / steps,
+        "eta_min": float(metrics.eta_min),
+        "eta_max": float(metrics.eta_max),
+        "gradient_summary": float(metrics.gradient_summary) / steps,
+    }

@@ -1,0 +1,68 @@
+"""One step of training and one of testing, as pure functions of the state and a batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from input_pipeline.resident import Batch
+from training import metrics
+from training.metrics import Metrics, TrainMetrics
+from training.state import TrainState
+
+# (logits, labels) -> one loss for each example.
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    loss: Loss,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, TrainMetrics]:
+    """Takes one step on a batch. The first three arguments are static.
+
+    Args:
+      graphdef: of the network.
+      tx: ``agd()``.
+      loss: one of :data:`training.losses.LOSSES`.
+      state: before the step.
+      batch: of training examples, without padding.
+
+    Returns:
+      The state after the step, and the metrics of the batch before it.
+    """
+
+    def objective(params: nnx.State):
+        model = nnx.merge(graphdef, params, state.batch_stats)
+        model.train()
+        logits, losses = _losses(model, loss, batch)
+        return jnp.mean(losses), (logits, losses, nnx.state(model, nnx.BatchStat))
+
+    gradient = jax.grad(objective, has_aux=True)
+    grads, (logits, losses, batch_stats) = gradient(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    eta, gradient_summary = opt_state
+    sums = metrics.of_batch(losses, logits, batch.labels, batch.weights)
+    steps = jnp.ones([], eta.dtype)
+    measured = TrainMetrics(sums, steps, eta, eta, eta, gradient_summary)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), measured
+
+
+def eval_step(graphdef: nnx.GraphDef, loss: Loss, state: TrainState, batch: Batch) -> Metrics:
+    """Metrics of a batch, which may hold padding. The first two arguments are static."""
+    model = nnx.merge(graphdef, state.params, state.batch_stats)
+    model.eval()
+    logits, losses = _losses(model, loss, batch)
+    return metrics.of_batch(losses, logits, batch.labels, batch.weights)
+
+
+def _losses(model: nnx.Module, loss: Loss, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    # Pictures have the dtype that the loss is to have, whatever the network computes in.
+    logits = model(batch.images).astype(batch.images.dtype)
+    return logits, loss(logits, batch.labels)
