@@ -55,11 +55,8 @@ def train_batch(
       dtype: of the pictures.
     """
     chosen = jax.lax.dynamic_slice_in_dim(order, index * batch_size, batch_size)
-    images = split.images[chosen]
-    if spec.augment:
-        images = crop_and_flip(key, images)
-    images = normalise(spec, images, dtype)
-    return Batch(images, split.labels[chosen], jnp.ones(batch_size, dtype))
+    images = crop_and_flip(key, split.images, chosen) if spec.augment else split.images[chosen]
+    return Batch(normalise(spec, images, dtype), split.labels[chosen], jnp.ones(batch_size, dtype))
 
 
 def eval_batch(
@@ -76,30 +73,29 @@ def eval_batch(
     return Batch(images, split.labels[chosen], (positions < len(split.labels)).astype(dtype))
 
 
-def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+def crop_and_flip(key: jax.Array, images: jax.Array, chosen: jax.Array) -> jax.Array:
     """Pads with 4 zeros on every side, crops each picture at random, flips every second or so.
 
     Args:
       key: a random key.
-      images: ``(batch, height, width, channels)``, of any dtype.
+      images: ``(n, height, width, channels)``, of any dtype.
+      chosen: ``(batch,)``, which of them to take.
 
     Returns:
-      An array like ``images``. Each of the 9 x 9 crops is equally likely, and flips are fair.
+      ``(batch, height, width, channels)``. Each of the 9 x 9 crops is equally likely, and flips
+      are fair.
     """
-    batch, height, width, channels = images.shape
+    _, height, width, channels = images.shape
     crop_key, flip_key = jax.random.split(key)
-    shifts = jax.random.randint(crop_key, (batch, 2), -PADDING, PADDING + 1)
-    flips = jax.random.bernoulli(flip_key, shape=(batch, 1))
+    shifts = jax.random.randint(crop_key, (len(chosen), 2), -PADDING, PADDING + 1)
+    flips = jax.random.bernoulli(flip_key, shape=(len(chosen), 1))
     rows = jnp.arange(height) + shifts[:, :1]
     columns = jnp.where(flips, jnp.arange(width)[::-1], jnp.arange(width)) + shifts[:, 1:]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
-        :, None
-    ]
-    # One gather of whole pixels from one long row of them. On a CPU, slices of padded pictures
-    # and a choice between them and their mirror images cost five times as much.
-    pixels = (jnp.arange(batch)[:, None, None] * height + rows[:, :, None]) * width + columns[
-        :, None
-    ]
+    rows, columns = rows[:, :, None], columns[:, None, :]
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    # One gather of whole pixels from all pictures in one long row. On a CPU, choosing pictures,
+    # slicing them and choosing between them and their mirror images cost five times as much.
+    pixels = (chosen[:, None, None] * height + rows) * width + columns
     gathered = images.reshape(-1, channels)[jnp.where(inside, pixels, 0)]
     return jnp.where(inside[..., None], gathered, 0)
 

@@ -65,8 +65,8 @@ def test_augmentation_is_a_padded_crop_and_a_flip_each_as_likely_as_the_others()
     batch = 20_000
     # A picture in which every pixel knows its place.
     picture = 1 + np.arange(32 * 32, dtype=np.int32).reshape(32, 32, 1)
-    images = jnp.asarray(np.broadcast_to(picture, (batch, 32, 32, 1)))
-    augmented = np.asarray(resident.crop_and_flip(jax.random.key(0), images))
+    chosen = jnp.zeros(batch, jnp.int32)
+    augmented = np.asarray(resident.crop_and_flip(jax.random.key(0), picture[None], chosen))
 
     padded = np.pad(picture[..., 0], 4)
     crops = {}
@@ -83,9 +83,17 @@ def test_augmentation_is_a_padded_crop_and_a_flip_each_as_likely_as_the_others()
     assert chi2 < 240  # 161 degrees of freedom: exceeded by chance in 1 of 20,000
 
 
-def test_augmentation_depends_on_its_key_and_on_the_picture():
-    images = split_of(CIFAR, 16).images
-    one, same, other = (resident.crop_and_flip(jax.random.key(k), images) for k in (0, 0, 1))
-    np.testing.assert_array_equal(one, same)
+def test_augmentation_takes_the_chosen_pictures_and_depends_on_its_key():
+    images = jnp.arange(1, 17, dtype=jnp.uint8)[:, None, None, None] * jnp.ones(
+        (8, 8, 3), jnp.uint8
+    )
+    chosen = jnp.array([3, 15, 0, 3])
+    one, same, other = (
+        resident.crop_and_flip(jax.random.key(k), images, chosen) for k in (0, 0, 1)
+    )
     assert one.dtype == jnp.uint8
+    assert one.shape == (4, 8, 8, 3)
+    # Pictures of one colour each, of which no crop loses the middle.
+    assert one[:, 4, 4, 0].tolist() == [4, 16, 1, 4]
+    np.testing.assert_array_equal(one, same)
     assert np.any(one != other)
