@@ -41,7 +41,7 @@ def scale(shape: Sequence[int]) -> float:
 
 def norm_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype in which norms of such an array are taken: float32, or float64 for float64."""
-    return jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32)
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def tap_norms(grad: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ def tap_norms(grad: jax.Array) -> jax.Array:
       Squares of entries below about 1e-19 underflow in float32, so a tap of only such entries
       has norm zero.
     """
-    squares = jnp.square(jnp.abs(grad).astype(norm_dtype(grad.dtype)))
+    squares = jnp.square(grad.astype(norm_dtype(grad.dtype)))
     matrix_axes = tuple(range(grad.ndim))[-2:]
     return jnp.sqrt(jnp.sum(squares, axis=matrix_axes, keepdims=True))
 

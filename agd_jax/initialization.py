@@ -1,5 +1,6 @@
 """Starting weights for AGD: random orthogonal matrices of the right scale."""
 
+import math
 from typing import Any, TypeVar
 
 import jax
@@ -37,7 +38,8 @@ def orthogonal_init(key: jax.Array, params: Tree) -> Tree:
     """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, max(len(leaves), 1))
-    return jax.tree.unflatten(structure, map(_redraw, keys, leaves))
+    redrawn: Tree = jax.tree.unflatten(structure, map(_redraw, keys, leaves))
+    return redrawn
 
 
 def _redraw(key: jax.Array, leaf: Any) -> Any:
@@ -46,8 +48,11 @@ def _redraw(key: jax.Array, leaf: Any) -> Any:
     *taps, d_in, d_out = leaf.shape
     # Lower precisions have no QR decomposition, and would not be orthogonal before rounding.
     dtype = geometry.norm_dtype(leaf.dtype)
-    matrices = jax.random.orthogonal(key, d_in, tuple(taps), dtype, m=d_out)
-    drawn = (geometry.scale(leaf.shape) * matrices).astype(leaf.dtype)
+    # Tap by tap: on a CPU, XLA hands the matrices of one batched QR to its thread pool from
+    # within that pool and waits for them, so that a few such calls in one program hang it.
+    draw = lambda key: jax.random.orthogonal(key, d_in, (), dtype, m=d_out)
+    matrices = jax.lax.map(draw, jax.random.split(key, math.prod(taps)))
+    drawn = (geometry.scale(leaf.shape) * matrices).reshape(leaf.shape).astype(leaf.dtype)
     # Under a trace there is no sharding to keep: that of the traced function's outputs rules.
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
         drawn = jax.device_put(drawn, leaf.sharding)

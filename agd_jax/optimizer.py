@@ -77,7 +77,8 @@ def agd(gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtraAr
       An Optax gradient transformation whose state is an :class:`AgdState`.
 
     Raises:
-      ValueError: if ``gain`` is a number that is not positive and finite.
+      ValueError: if ``gain`` is a number that is not positive and finite. ``init`` raises one if
+        the parameters are one bare vector, which is what ``optax.flatten`` makes of a network.
 
     References:
       Bernstein et al., *Automatic Gradient Descent: Deep Learning without Hyperparameters*,
@@ -87,6 +88,12 @@ def agd(gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtraAr
         raise ValueError(f"agd(gain={gain}): gain must be positive and finite; the default is 1.0")
 
     def init(params: optax.Params) -> AgdState:
+        if getattr(params, "ndim", None) == 1:
+            raise ValueError(
+                f"agd() was given one bare vector of {params.size} numbers, in which it sees no "
+                "matrices. Take optax.flatten away from around it; if the vector is a parameter "
+                "of its own, put it into a container, as in {'w': vector}"
+            )
         dtypes = [geometry.norm_dtype(p.dtype) for p in jax.tree.leaves(params)]
         zero = jnp.zeros([], jnp.result_type(jnp.float32, *dtypes))
         return AgdState(eta=zero, gradient_summary=zero)
@@ -102,7 +109,7 @@ def agd(gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtraAr
         depth = max(len(grads), 1)
         gradient_summary = sum(map(geometry.dual_norm, grads)) / depth
         eta = automatic_learning_rate(gradient_summary)
-        size = gain * eta / depth
+        size = jnp.multiply(gain, eta) / depth
 
         def step(grad: jax.Array, param: jax.Array) -> jax.Array:
             return (-size * geometry.direction(grad)).astype(param.dtype)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +59,70 @@ def test_sharding_is_kept_and_a_trace_is_no_obstacle():
     assert drawn.sharding == sharding
     traced = jax.jit(orthogonal_init)(jax.random.key(0), param)
     np.testing.assert_allclose(traced, drawn, atol=1e-6)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(5, 5), (6, 3), (3, 6), (1, 4), (4, 1), (1, 1)])
+def test_taps_are_uniform_over_the_semi_orthogonal_matrices(d_in, d_out):
+    count = 20_000
+    drawn = np.asarray(orthogonal_init(jax.random.key(0), jnp.zeros((count, d_in, d_out))))
+    matrices = drawn / scale(drawn.shape)
+    n = max(d_in, d_out)  # Every entry is one of a uniform unit vector of n numbers.
+
+    def check(values, mean, deviation):
+        """Tests a mean of each of many independent values at five standard errors."""
+        error = np.max(np.abs(np.mean(values, axis=0) - mean))
+        assert error <= 5 * deviation / np.sqrt(count) + 1e-5
+
+    check(matrices, 0, 1 / np.sqrt(n))
+    # E x^2 = 1/n, E x^4 = 3 / (n (n + 2)), E x^8 = 105 / (n (n + 2) (n + 4) (n + 6))
+    fourth, eighth = 3 / (n * (n + 2)), 105 / (n * (n + 2) * (n + 4) * (n + 6))
+    check(matrices**2, 1 / n, np.sqrt(fourth - 1 / n**2))
+    check(matrices**4, fourth, np.sqrt(eighth - fourth**2))
+    # Invariance: a rotation from the left or the right leaves the distribution what it is, in
+    # particular the correlations between entries, which a QR without its signs put right has.
+    flat = matrices.reshape(count, -1)
+    products = flat[:, :, None] * flat[:, None, :]
+    check(products, np.eye(d_in * d_out) / n, 1 / np.sqrt(n))
+    if d_in == d_out:
+        check(np.linalg.det(matrices), 0, 1)  # both halves of the orthogonal group
+        traces = np.trace(matrices, axis1=1, axis2=2)
+        check(traces, 0, 1)
+        check(traces**2, 1, 2)
+
+
+def test_the_draw_is_the_same_whatever_the_sharding():
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from agd_jax import orthogonal_init
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+params = {"dense": jnp.zeros((16, 8)), "conv": jnp.zeros((3, 3, 8, 4)), "tall": jnp.zeros((64, 4))}
+alone = orthogonal_init(jax.random.key(0), params)
+for spec in (P(), P("data"), P(None, "model"), P(("data", "model"))):
+    fits = lambda p: NamedSharding(mesh, spec if p.shape[0] % 8 == 0 else P())
+    shardings = jax.tree.map(fits, params)
+    spread = orthogonal_init(jax.random.key(0), jax.device_put(params, shardings))
+    jitted = jax.jit(orthogonal_init, out_shardings=shardings)(jax.random.key(0), params)
+    for name in params:
+        assert spread[name].sharding == jitted[name].sharding == shardings[name]
+        np.testing.assert_allclose(spread[name], alone[name], atol=1e-6)
+        np.testing.assert_allclose(jitted[name], alone[name], atol=1e-6)
+print("same on", len(jax.devices()))
+"""
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.stdout == "same on 8\n", run.stderr
+
+
+def test_many_kernels_in_one_program_do_not_hang_the_thread_pool():
+    code = """
+import jax, jax.numpy as jnp, agd_jax
+shapes = [(3, 3, 64, 64)] * 4 + [(3, 3, 128, 128)] * 4 + [(3, 3, 256, 256)] * 3
+draw = jax.jit(lambda key: agd_jax.orthogonal_init(key, [jnp.zeros(s) for s in shapes]))
+print(len(jax.block_until_ready(draw(jax.random.key(0)))))
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout == "11\n"
