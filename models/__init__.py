@@ -1,4 +1,4 @@
-"""The networks, by name: Flax NNX modules without biases, for NHWC pictures.
+"""The networks, by name: Flax NNX modules without biases, for NHWC pictures of any size.
 
 The names are known without importing Flax, so that a command line can list them at once.
 """
@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     import jax
     from flax import nnx
 
-# --arch -> (module, class).
+# --arch -> (module, class, its fixed options).
 ARCHITECTURES = {
-    "fcn": ("models.fcn", "FCN"),
+    "fcn": ("models.fcn", "FCN", {}),
+    "vgg": ("models.vgg", "VGG", {"depth": 16}),
+    **{f"vgg{d}": ("models.vgg", "VGG", {"depth": d}) for d in (11, 13, 16, 19)},
+    **{f"resnet{d}": ("models.resnet", "ResNet", {"depth": d}) for d in (18, 34, 50, 101, 152)},
 }
 
 
@@ -23,11 +26,10 @@ def create(
     image_shape: tuple[int, int, int],
     num_classes: int,
     *,
-    depth: int,
-    width: int,
     dtype: jax.typing.DTypeLike,
     param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
+    **options: int,
 ) -> nnx.Module:
     """Builds a network by name.
 
@@ -35,24 +37,16 @@ def create(
       arch: a key of :data:`ARCHITECTURES`.
       image_shape: ``(height, width, channels)``.
       num_classes: width of the last layer.
-      depth: number of dense layers of ``fcn``.
-      width: width of the hidden layers of ``fcn``.
       dtype: in which the network computes.
-      param_dtype: of its parameters.
+      param_dtype: of its parameters and of its running averages.
       rngs: for Flax's own starting weights.
+      **options: of the network's class: ``depth`` and ``width`` of ``fcn``.
 
     Returns:
       A module that maps pictures ``(batch, height, width, channels)`` to logits
       ``(batch, num_classes)`` of ``dtype``.
     """
-    module, name = ARCHITECTURES[arch]
+    module, name, fixed = ARCHITECTURES[arch]
     network = getattr(importlib.import_module(module), name)
-    return network(
-        image_shape,
-        num_classes,
-        depth=depth,
-        width=width,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
+    types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    return network(image_shape, num_classes, **fixed, **options, **types)

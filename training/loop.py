@@ -95,17 +95,17 @@ def check_batch_fits(config: TrainConfig, data: Arrays) -> None:
 def build_state(config: TrainConfig, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
     """Makes the network and the state that training starts from."""
     spec, (dtype, param_dtype) = SPECS[config.dataset], DTYPES[config.precision]
+    options = {"depth": config.depth, "width": config.width} if config.arch == "fcn" else {}
 
     def make_model() -> nnx.Module:
         return models.create(
             config.arch,
             spec.image_shape,
             spec.num_classes,
-            depth=config.depth,
-            width=config.width,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=nnx.Rngs(0),
+            **options,
         )
 
     key = jax.random.key(config.seed)

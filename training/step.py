@@ -37,7 +37,7 @@ def train_step(
     """
 
     def objective(params: nnx.State):
-        model = nnx.merge(graphdef, params, state.batch_stats)
+        model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
         model.train()
         logits, losses = _losses(model, loss, batch)
         return jnp.mean(losses), (logits, losses, nnx.state(model, nnx.BatchStat))
@@ -56,7 +56,7 @@ def train_step(
 
 def eval_step(graphdef: nnx.GraphDef, loss: Loss, state: TrainState, batch: Batch) -> Metrics:
     """Metrics of a batch, which may hold padding. The first two arguments are static."""
-    model = nnx.merge(graphdef, state.params, state.batch_stats)
+    model = nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
     model.eval()
     logits, losses = _losses(model, loss, batch)
     return metrics.of_batch(losses, logits, batch.labels, batch.weights)

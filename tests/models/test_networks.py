@@ -1,0 +1,108 @@
+"""What every network does, on pictures of every data set."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import models
+from input_pipeline.specs import SPECS
+from models.layers import BatchNorm
+
+# One of each kind; the others differ in depth alone.
+ARCHS = ("fcn", "vgg11", "resnet18", "resnet50")
+
+
+def abstract(arch, image_shape, classes=10, dtype=jnp.float32, **options):
+    """A network without its numbers: shapes and dtypes alone."""
+    types = {"dtype": dtype, "param_dtype": jnp.float32}
+    make = lambda: models.create(arch, image_shape, classes, rngs=nnx.Rngs(0), **types, **options)
+    return nnx.eval_shape(make)
+
+
+def parameters(model):
+    return sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("dataset", SPECS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_any_network_takes_any_data_set(arch, dataset):
+    spec = SPECS[dataset]
+    graphdef, state = nnx.split(abstract(arch, spec.image_shape, spec.num_classes, jnp.bfloat16))
+    forward = lambda state, images: nnx.merge(graphdef, state)(images)
+    images = jax.ShapeDtypeStruct((2, *spec.image_shape), jnp.float32)
+    logits = jax.eval_shape(forward, state, images)
+    assert logits.shape == (2, spec.num_classes)
+    assert logits.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_there_are_no_biases_scales_or_offsets(arch):
+    params = nnx.to_pure_dict(nnx.state(abstract(arch, (32, 32, 3)), nnx.Param))
+    paths = jax.tree.leaves_with_path(params)
+    assert {path[-1].key for path, _ in paths} == {"kernel"}
+    assert all(leaf.ndim in (2, 4) for _, leaf in paths)
+
+
+@pytest.mark.parametrize(
+    ("arch", "image_shape", "classes", "count"),
+    [
+        # As torchvision counts them, less biases and norms' scales and offsets.
+        ("resnet18", (224, 224, 3), 1000, 11_678_912),
+        ("resnet34", (224, 224, 3), 1000, 21_779_648),
+        ("resnet50", (224, 224, 3), 1000, 25_502_912),
+        ("resnet101", (224, 224, 3), 1000, 44_442_816),
+        ("resnet152", (224, 224, 3), 1000, 60_040_384),
+        ("vgg11", (32, 32, 3), 10, 9_222_848),
+        ("vgg13", (32, 32, 3), 10, 9_407_168),
+        ("vgg16", (32, 32, 3), 10, 14_715_584),
+        ("vgg19", (32, 32, 3), 10, 20_024_000),
+    ],
+)
+def test_parameter_counts(arch, image_shape, classes, count):
+    assert parameters(abstract(arch, image_shape, classes)) == count
+
+
+def test_vgg_is_vgg16():
+    of = lambda arch: jax.tree.map(jnp.shape, nnx.state(abstract(arch, (32, 32, 3))))
+    assert of("vgg") == of("vgg16")
+
+
+def test_vgg_pads_small_pictures_evenly_with_zeros():
+    options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    build = lambda size: models.create("vgg11", (size, size, 1), 10, rngs=nnx.Rngs(0), **options)
+    images = jax.random.normal(jax.random.key(0), (2, 28, 28, 1))
+    padded = jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    np.testing.assert_allclose(build(28)(images), build(32)(padded), rtol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "resnet18"])
+def test_training_moves_the_running_averages_and_testing_does_not(arch):
+    options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    model = models.create(arch, (8, 8, 1), 10, rngs=nnx.Rngs(0), **options)
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    model.eval()
+    model(images)
+    same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+    assert same(before, nnx.state(model, nnx.BatchStat))
+    model.train()
+    model(images)
+    assert not same(before, nnx.state(model, nnx.BatchStat))
+
+
+def test_batch_norm_averages_the_unbiased_variance():
+    norm = BatchNorm(3, dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = 2 + 3 * jax.random.normal(jax.random.key(0), (2, 2, 2, 3))
+    y = norm(x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.mean(y.astype(np.float32), (0, 1, 2)), 0, atol=1e-2)
+    np.testing.assert_allclose(np.std(y.astype(np.float32), (0, 1, 2)), 1, atol=1e-2)
+    mean, var = np.mean(x, (0, 1, 2)), np.var(x, (0, 1, 2), ddof=1)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * var, rtol=1e-5)
+    # Of one value there is no variance, and no reason to end with a NaN.
+    assert np.all(np.isfinite(norm(x[:1, :1, :1])))
+    assert np.all(np.isfinite(norm.var[...]))
