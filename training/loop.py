@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Result:
         data = sources.load(SPECS[config.dataset], config.data_dir)
         check_batch_fits(config, data)
         graphdef, state = build_state(config, mesh)
-        run = build_programs(config, mesh, data, graphdef)
+        run = build_programs(config, mesh, data, graphdef, state)
         with Reporter(config, folder, describe(config, mesh, data, state)) as reporter:
             start = time.perf_counter()
             state = run.compile(state)
@@ -113,7 +113,7 @@ def build_state(config: TrainConfig, mesh: Mesh) -> tuple[nnx.GraphDef, TrainSta
 
 
 def build_programs(
-    config: TrainConfig, mesh: Mesh, data: Arrays, graphdef: nnx.GraphDef
+    config: TrainConfig, mesh: Mesh, data: Arrays, graphdef: nnx.GraphDef, state: TrainState
 ) -> Programs:
     """Puts the data on the devices, and builds the programs that train and test on them."""
     loss = LOSSES[config.loss]
@@ -128,6 +128,7 @@ def build_programs(
         test_bs=config.test_bs,
         dtype=DTYPES[config.precision][1],
         mesh=mesh,
+        convolutional=any(p.ndim == 4 for p in jax.tree.leaves(state.params)),
     )
 
 

@@ -1,8 +1,9 @@
-"""The compiled programs of a run over resident data: many steps in one dispatch."""
+"""The compiled programs of a run over resident data."""
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from input_pipeline import resident
@@ -15,12 +16,12 @@ from training.state import TrainState
 
 
 class Programs:
-    """Everything that runs on the devices, each method one dispatch of a compiled program.
+    """Everything that runs on the devices: many steps in one dispatch, where that is faster.
 
-    XLA's CPU backend runs the operations in a loop whose length it knows on one thread, and
-    those in a loop until an argument on all of them. So lengths are arguments here, and one
-    program serves every length. The data are arguments too: captured, they would be constants
-    of the program.
+    XLA's CPU backend runs a loop whose length it knows on one thread, and one until an argument
+    on all of them. So lengths are arguments here, and one program serves every length. But its
+    convolutions have one thread in any loop; networks that have some take their steps one by one
+    on a CPU. The data are arguments too: captured, they would be constants of the program.
 
     Attributes:
       steps_per_epoch: full batches in the training set.
@@ -38,6 +39,7 @@ class Programs:
         test_bs: int,
         dtype: jax.typing.DTypeLike,
         mesh: Mesh,
+        convolutional: bool,
     ):
         """Builds the programs; each compiles when first called.
 
@@ -51,58 +53,64 @@ class Programs:
           test_bs: examples in a test batch.
           dtype: of the pictures that the network is given, and of the metrics.
           mesh: of the devices, which each hold the data, and share the examples of a batch.
+          convolutional: whether the network has convolutions.
         """
         self.steps_per_epoch = len(data.train.labels) // train_bs
         self._eval_steps = -(-len(data.test.labels) // test_bs)
         everywhere, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
         self._data = jax.device_put(data, everywhere)
         self._no_metrics = jax.device_put(metrics.no_train_metrics(dtype), everywhere)
+        self._no_eval_metrics = jax.device_put(metrics.no_metrics(dtype), everywhere)
         self._shuffle_key, self._augment_key = jax.random.split(key)
+        self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
 
         def shuffle(key: jax.Array, epoch: jax.Array) -> jax.Array:
             return resident.epoch_order(key, epoch, len(data.train.labels))
 
-        def train(
-            state: TrainState,
-            sums: TrainMetrics,
-            split: Split,
-            order: jax.Array,
-            key: jax.Array,
-            stop: jax.Array,
+        def step(
+            state: TrainState, sums: TrainMetrics, split: Split, order: jax.Array, key: jax.Array
         ) -> tuple[TrainState, TrainMetrics]:
-            def unfinished(carry):
-                state, sums = carry
-                return (state.step < stop) & jax.numpy.isfinite(sums.sums.loss)
+            index = state.step % self.steps_per_epoch
+            batch_key = jax.random.fold_in(key, state.step)
+            batch = resident.train_batch(spec, split, order, index, batch_key, train_bs, dtype)
+            batch = jax.lax.with_sharding_constraint(batch, over_batch)
+            state, measured = train_step(state, batch)
+            return state, metrics.add_train(sums, measured)
 
-            def step(carry):
-                state, sums = carry
-                index = state.step % self.steps_per_epoch
-                batch_key = jax.random.fold_in(key, state.step)
-                batch = resident.train_batch(spec, split, order, index, batch_key, train_bs, dtype)
-                batch = jax.lax.with_sharding_constraint(batch, over_batch)
-                state, measured = train_step(state, batch)
-                return state, metrics.add_train(sums, measured)
+        def steps(state, sums, split, order, key, stop):
+            return jax.lax.while_loop(
+                lambda carry: _unfinished(*carry, stop),
+                lambda carry: step(*carry, split, order, key),
+                (state, sums),
+            )
 
-            return jax.lax.while_loop(unfinished, step, (state, sums))
+        def score(state: TrainState, sums: Metrics, split: Split, index: jax.Array) -> Metrics:
+            batch = resident.eval_batch(spec, split, index, test_bs, dtype)
+            batch = jax.lax.with_sharding_constraint(batch, over_batch)
+            return metrics.add(sums, eval_step(state, batch))
 
-        def evaluate(state: TrainState, split: Split, stop: jax.Array) -> Metrics:
-            def step(index, sums):
-                batch = resident.eval_batch(spec, split, index, test_bs, dtype)
-                batch = jax.lax.with_sharding_constraint(batch, over_batch)
-                return metrics.add(sums, eval_step(state, batch))
-
-            return jax.lax.fori_loop(0, stop, step, metrics.no_metrics(dtype))
+        def scores(state, sums, split, stop):
+            return jax.lax.fori_loop(
+                0, stop, lambda index, sums: score(state, sums, split, index), sums
+            )
 
         self._shuffle = jax.jit(shuffle, out_shardings=everywhere)
-        self._train = jax.jit(train, donate_argnums=0, out_shardings=everywhere)
-        self._evaluate = jax.jit(evaluate, out_shardings=everywhere)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+        self._steps = jax.jit(steps, donate_argnums=0, out_shardings=everywhere)
+        self._score = jax.jit(score, out_shardings=everywhere)
+        self._scores = jax.jit(scores, out_shardings=everywhere)
 
     def compile(self, state: TrainState) -> TrainState:
         """Compiles everything, so that no epoch is timed with it. The state is donated."""
-        order = self.shuffle(0)
-        # Both loops end where they start: these calls compile, and take no step.
-        state, _ = self.train(state, self._no_metrics, order, 0)
-        self._evaluate(state, self._data.test, 0)
+        order, sums, (train, test) = self.shuffle(0), self._no_metrics, self._data
+        if self._one_by_one:
+            # There is no calling a step without taking it: a copy of the state takes it.
+            self._step(jax.tree.map(jnp.copy, state), sums, train, order, self._augment_key)
+            self._score(state, self._no_eval_metrics, test, 0)
+        else:
+            # Loops that end where they start.
+            state, _ = self._steps(state, sums, train, order, self._augment_key, 0)
+            self._scores(state, self._no_eval_metrics, test, 0)
         return jax.block_until_ready(state)
 
     def no_metrics(self) -> TrainMetrics:
@@ -124,8 +132,22 @@ class Programs:
           order: of the epoch, from :meth:`shuffle`.
           stop: a step of this epoch, or the first of the next.
         """
-        return self._train(state, sums, self._data.train, order, self._augment_key, stop)
+        if not self._one_by_one:
+            return self._steps(state, sums, self._data.train, order, self._augment_key, stop)
+        # Waiting for each step costs nothing where the device is the host.
+        while _unfinished(state, sums, stop):
+            state, sums = self._step(state, sums, self._data.train, order, self._augment_key)
+        return state, sums
 
     def evaluate(self, state: TrainState) -> Metrics:
         """Metrics over the whole test set, each example counted once."""
-        return self._evaluate(state, self._data.test, self._eval_steps)
+        sums, test = self._no_eval_metrics, self._data.test
+        if not self._one_by_one:
+            return self._scores(state, sums, test, self._eval_steps)
+        for index in range(self._eval_steps):
+            sums = self._score(state, sums, test, index)
+        return sums
+
+
+def _unfinished(state: TrainState, sums: TrainMetrics, stop: jax.typing.ArrayLike) -> jax.Array:
+    return (state.step < stop) & jnp.isfinite(sums.sums.loss)

@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -88,6 +89,28 @@ def test_every_data_set_trains(prepared, tmp_path, name, loss):
     result = run(tmp_path, dataset=name, loss=loss, data_dir=data_dir, **fields)
     losses = [r["train_loss"] for r in result.records]
     assert losses[-1] < losses[0]
+
+
+def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_path):
+    fields = {"dataset": "cifar10", "data_dir": prepared("cifar10"), "train_bs": 24, "test_bs": 25}
+    result = run(tmp_path, arch="resnet18", epochs=3, **fields)
+    losses = [r["train_loss"] for r in result.records]
+    assert losses[-1] < 0.9 * losses[0]
+    assert result.records[-1]["step"] == 12
+    assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(result.state.batch_stats))
+    assert all(np.any((s != 0) & (s != 1)) for s in jax.tree.leaves(result.state.batch_stats))
+
+
+def test_steps_taken_one_by_one_are_those_of_the_loop(tmp_path, monkeypatch):
+    fields = {"epochs": 2, "depth": 3, "width": 16, "test_bs": 100}
+    looped = train(TrainConfig(workdir=tmp_path / "looped", **fields))
+    build = functools.partial(loop.Programs, convolutional=True)
+    one_by_one = lambda *args, convolutional, **kwargs: build(*args, **kwargs)
+    monkeypatch.setattr(loop, "Programs", one_by_one)
+    single = train(TrainConfig(workdir=tmp_path / "single", platform="cpu", **fields))
+    for a, b in zip(looped.records, single.records, strict=True):
+        for name in ("train_loss", "test_loss", "test_accuracy", "eta", "eta_max"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
 def test_precisions_agree_as_far_as_they_go(tmp_path):
