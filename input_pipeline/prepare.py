@@ -9,6 +9,7 @@ are read here, and pictures are handed over as PIL images, which TFDS encodes wi
 """
 
 import gzip
+import logging
 import sys
 import tarfile
 import threading
@@ -77,6 +78,8 @@ def prepared_builder(spec: DatasetSpec, data_dir: Path):
 def _builder(spec: DatasetSpec, data_dir: Path):
     import tensorflow_datasets as tfds
 
+    # TFDS would warn of the folder that is absent, of which we speak ourselves.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     builder = tfds.builder(spec.tfds_name, data_dir=data_dir)
     if builder.is_prepared():
         return builder

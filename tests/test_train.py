@@ -59,6 +59,17 @@ def test_wrong_flags_are_answered_in_one_line(tmp_path, flags, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_data_that_is_nowhere_to_be_had_is_one_line_too(tmp_path):
+    # No network, to this program: a proxy that nobody answers at.
+    env = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}
+    run = train("--dataset", "cifar100", "--data_dir", tmp_path / "none", env=env, timeout=30)
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: --dataset cifar100: not prepared in {tmp_path}")
+    assert "run `python -m input_pipeline.prepare cifar100 --data_dir DIR`" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_not_finite_is_one_line_too(tmp_path):
     run = train("--gain", "1e30", "--workdir", tmp_path / "run")
     assert run.returncode == 1
