@@ -51,7 +51,8 @@ def _redraw(key: jax.Array, leaf: Any) -> Any:
     # Tap by tap: on a CPU, XLA hands the matrices of one batched QR to its thread pool from
     # within that pool and waits for them, so that a few such calls in one program hang it.
     draw = lambda key: jax.random.orthogonal(key, d_in, (), dtype, m=d_out)
-    matrices = jax.lax.map(draw, jax.random.split(key, math.prod(taps)))
+    count = math.prod(taps)
+    matrices = jax.lax.map(draw, key[None] if count == 1 else jax.random.split(key, count))
     drawn = (geometry.scale(leaf.shape) * matrices).reshape(leaf.shape).astype(leaf.dtype)
     # Under a trace there is no sharding to keep: that of the traced function's outputs rules.
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
