@@ -6,6 +6,8 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from training.workdir import CURVES_FILE, METRICS_FILE
+
 COLUMNS = (
     # heading, width, how the record says it
     ("epoch", 7, lambda r: str(r["epoch"])),
@@ -94,6 +96,6 @@ class Console:
         for name, text in rows.items():
             table.add_row(name, text)
         self._console.print(table)
-        self.say(f"curves     {workdir / 'curves.png'}")
-        self.say(f"metrics    {workdir / 'metrics.jsonl'}")
+        self.say(f"curves     {workdir / CURVES_FILE}")
+        self.say(f"metrics    {workdir / METRICS_FILE}")
         self.say(f"dashboard  tensorboard --logdir {workdir}")

@@ -8,10 +8,7 @@ from pathlib import Path
 
 from training.config import ConfigError, TrainConfig
 from training.console import Console
-from training.workdir import CONFIG_FILE
-
-METRICS_FILE = "metrics.jsonl"
-CURVES_FILE = "curves.png"
+from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 
 
 class Reporter:

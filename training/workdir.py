@@ -8,6 +8,8 @@ from pathlib import Path
 from training.config import ConfigError, TrainConfig
 
 CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
 
 
 def choose(config: TrainConfig) -> Path:

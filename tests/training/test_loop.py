@@ -152,10 +152,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path):
 def test_the_step_named_is_the_first_bad_one(tmp_path, monkeypatch):
     bad_step = 17  # the sixth of the second epoch
 
-    def poisoned(logits, labels):
-        del labels
-        return jnp.mean(logits, axis=-1)
-
     original = loop.step.train_step
 
     def train_step(graphdef, tx, loss, state, batch):
