@@ -9,6 +9,7 @@ are read here, and pictures are handed over as PIL images, which TFDS encodes wi
 """
 
 import gzip
+import io
 import logging
 import sys
 import tarfile
@@ -26,17 +27,22 @@ from input_pipeline.specs import SPECS, DatasetSpec
 
 PROBE_SECONDS = 6.0
 
+IMAGENET_TARS = IMAGENET_TRAIN, IMAGENET_VALIDATION = (
+    "ILSVRC2012_img_train.tar",
+    "ILSVRC2012_img_val.tar",
+)
+
 # (key, example) pairs, as TFDS builders generate them.
 Examples = Iterator[tuple[int, dict]]
 
 
-def check_available(spec: DatasetSpec, data_dir: Path) -> None:
+def check_available(spec: DatasetSpec, data_dir) -> None:
     """Finds out within seconds whether :func:`prepared_builder` can succeed.
 
     Raises:
       DataError: if the data set is in a format that needs TensorFlow, or absent and not to be had.
     """
-    builder = _builder(spec, data_dir)
+    builder = builder_of(spec, data_dir)
     if not builder.is_prepared():
         url = next(iter(builder.url_infos))
         if not _reachable(url):
@@ -52,8 +58,13 @@ def check_available(spec: DatasetSpec, data_dir: Path) -> None:
         )
 
 
-def prepared_builder(spec: DatasetSpec, data_dir: Path):
+def prepared_builder(spec: DatasetSpec, data_dir, splits: dict[str, Examples] | None = None):
     """Returns TFDS's builder of a data set, downloaded and prepared if it was not yet.
+
+    Args:
+      spec: which one.
+      data_dir: the folder of TFDS, a path that may be in a cloud.
+      splits: the examples of each split; by default those of the archives that TFDS downloads.
 
     Raises:
       DataError: if the download fails or the folder cannot be written.
@@ -61,21 +72,42 @@ def prepared_builder(spec: DatasetSpec, data_dir: Path):
     from tensorflow_datasets.core.download import DownloadError
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-    builder = _builder(spec, data_dir)
+    builder = builder_of(spec, data_dir)
     if not builder.is_prepared():
-        urls = {url.rsplit("/", 1)[-1]: url for url in builder.url_infos}
-        read = ARCHIVES[spec.tfds_name]
-        builder._split_generators = lambda downloads: read(downloads.download(urls), builder.info)
+        if splits is None:
+            urls = {url.rsplit("/", 1)[-1]: url for url in builder.url_infos}
+            read = ARCHIVES[spec.tfds_name]
+            builder._split_generators = lambda downloads: read(
+                downloads.download(urls), builder.info
+            )
+        else:
+            builder._split_generators = lambda _: splits
         try:
             builder.download_and_prepare()
-        except (OSError, DownloadError, NonMatchingChecksumError) as error:
+        except (OSError, tarfile.TarError, DownloadError, NonMatchingChecksumError) as error:
             raise DataError(
                 f"--data_dir {data_dir}: cannot prepare {spec.name} there: {error}"
             ) from error
     return builder
 
 
-def _builder(spec: DatasetSpec, data_dir: Path):
+def prepare_imagenet(tars: Path | None, data_dir) -> None:
+    """Prepares ImageNet from the two archives in ``tars``, unless it is prepared already.
+
+    Raises:
+      DataError: if an archive is missing or damaged, or the folder cannot be written.
+    """
+    missing = [n for n in IMAGENET_TARS if tars is None or not (tars / n).is_file()]
+    if missing:
+        raise DataError(
+            f"--tars {tars}: has no {' and no '.join(missing)}; download what is missing from "
+            "image-net.org and give its folder"
+        )
+    prepared_builder(SPECS["imagenet"], data_dir, _imagenet(tars))
+
+
+def builder_of(spec: DatasetSpec, data_dir):
+    """TFDS's builder of a data set, of whatever format is prepared, else of ArrayRecord."""
     import tensorflow_datasets as tfds
 
     # TFDS would warn of the folder that is absent, of which we speak ourselves.
@@ -148,6 +180,41 @@ def _cifar(members: dict[str, list[str]], names: dict[str, str]) -> Callable:
     return read
 
 
+def _imagenet(tars: Path) -> dict[str, Examples]:
+    """The examples of the two archives of ILSVRC 2012, as they are downloaded from image-net.org.
+
+    The pictures are stored as they are, the one PNG and the few CMYK ones among them too.
+    """
+    import tensorflow_datasets as tfds
+
+    # TFDS has the classes of the validation pictures, which their archive has not.
+    labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    classes = labels.read_text().split()
+
+    def pictures(archive: tarfile.TarFile) -> Iterator[tuple[str, io.BytesIO]]:
+        for member in archive:
+            if member.isfile():
+                yield Path(member.name).name, io.BytesIO(archive.extractfile(member).read())
+
+    def example(name: str, picture: io.BytesIO, label: str) -> tuple[str, dict]:
+        return name, {"file_name": name, "image": picture, "label": label}
+
+    def train() -> Examples:
+        with tarfile.open(tars / IMAGENET_TRAIN) as archive:
+            for synset, inner in pictures(archive):
+                with tarfile.open(fileobj=inner) as folder:
+                    for name, picture in pictures(folder):
+                        yield example(name, picture, Path(synset).stem)
+
+    def validation() -> Examples:
+        with tarfile.open(tars / IMAGENET_VALIDATION) as archive:
+            for name, picture in pictures(archive):
+                number = int(Path(name).stem.rsplit("_", 1)[1])
+                yield example(name, picture, classes[number - 1])
+
+    return {"train": train(), "validation": validation()}
+
+
 def _picture(pixels: np.ndarray):
     from PIL import Image
 
@@ -167,22 +234,27 @@ ARCHIVES = {
 }
 
 
-def main(dataset: Positional[str], data_dir: Path | None = None) -> None:
+def main(dataset: Positional[str], data_dir: str | None = None, tars: Path | None = None) -> None:
     """Downloads, prepares and decodes a data set, so that training on it starts at once.
 
     Args:
-      dataset: mnist, cifar10 or cifar100.
+      dataset: mnist, cifar10, cifar100 or imagenet.
       data_dir: where to; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      tars: where ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar are, for imagenet.
     """
     from input_pipeline import sources
 
-    if dataset not in ARCHIVES:
-        _refuse(f"{dataset}: unknown; choose from {', '.join(ARCHIVES)}")
+    names = [*ARCHIVES, "imagenet"]
+    if dataset not in names:
+        _refuse(f"{dataset}: unknown; choose from {', '.join(names)}")
     try:
-        sources.load(SPECS[dataset], data_dir)
+        if dataset == "imagenet":
+            prepare_imagenet(tars, sources.data_path(data_dir))
+        else:
+            sources.load(SPECS[dataset], data_dir)
     except DataError as error:
         _refuse(str(error))
-    print(f"{dataset} is prepared in {data_dir or sources.default_data_dir()}")
+    print(f"{dataset} is prepared in {sources.data_path(data_dir)}")
 
 
 def _refuse(message: str) -> NoReturn:

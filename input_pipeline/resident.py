@@ -4,29 +4,14 @@ Nothing here touches the host: shuffling, augmentation and normalisation are tra
 compiled training program, so that one dispatch can run any number of steps.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from input_pipeline.batch import Batch, normalise
 from input_pipeline.sources import Split
 from input_pipeline.specs import DatasetSpec
 
 PADDING = 4
-
-
-class Batch(NamedTuple):
-    """What a step is given.
-
-    Attributes:
-      images: ``(batch, height, width, channels)``, normalised, floating.
-      labels: ``(batch,)`` int32.
-      weights: ``(batch,)`` floating, 1 for an example and 0 for padding.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    weights: jax.Array
 
 
 def epoch_order(key: jax.Array, epoch: jax.typing.ArrayLike, size: int) -> jax.Array:
@@ -98,9 +83,3 @@ def crop_and_flip(key: jax.Array, images: jax.Array, chosen: jax.Array) -> jax.A
     pixels = (chosen[:, None, None] * height + rows) * width + columns
     gathered = images.reshape(-1, channels)[jnp.where(inside, pixels, 0)]
     return jnp.where(inside[..., None], gathered, 0)
-
-
-def normalise(spec: DatasetSpec, images: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """uint8 pictures to ``(pixel / 255 - mean) / std``, channel by channel."""
-    mean, std = jnp.asarray(spec.mean, dtype), jnp.asarray(spec.std, dtype)
-    return (images.astype(dtype) / 255 - mean) / std

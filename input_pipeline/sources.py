@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from input_pipeline import prepare
 from input_pipeline.errors import DataError
@@ -24,6 +25,11 @@ class Split(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return len(self.labels)
+
 
 class Arrays(NamedTuple):
     """A whole data set in host memory."""
@@ -32,9 +38,13 @@ class Arrays(NamedTuple):
     test: Split
 
 
-def default_data_dir() -> Path:
-    """``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, as TFDS itself has it."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+def data_path(data_dir: str | os.PathLike | None = None) -> epath.Path:
+    """The folder of TFDS: the one given, else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+
+    It may be in a cloud, ``gs://bucket/folder``; TFDS and ArrayRecord read it there.
+    """
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return epath.Path(data_dir or default).expanduser()
 
 
 def load(spec: DatasetSpec, data_dir: str | os.PathLike | None = None) -> Arrays:
@@ -42,18 +52,21 @@ def load(spec: DatasetSpec, data_dir: str | os.PathLike | None = None) -> Arrays
 
     Args:
       spec: which one.
-      data_dir: where TFDS keeps prepared data; None means :func:`default_data_dir`.
+      data_dir: where TFDS keeps prepared data; None means as in :func:`data_path`.
 
     Raises:
       DataError: if it is neither prepared nor to be downloaded, or is not what it should be.
     """
     if spec.tfds_name is None:
         return _digits()
-    data_dir = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    prepare.check_available(spec, data_dir)
+    folder = data_path(data_dir)
+    prepare.check_available(spec, folder)
+    if "://" in os.fspath(folder):
+        # There are no locks in a cloud, nor caches beside the data.
+        return _decode_all(spec, prepare.prepared_builder(spec, folder))
     # One process prepares and decodes; others that start meanwhile wait and read its cache.
-    with _lock(data_dir / f".{spec.tfds_name}.lock"):
-        return _decoded(spec, prepare.prepared_builder(spec, data_dir))
+    with _lock(Path(folder) / f".{spec.tfds_name}.lock"):
+        return _decoded(spec, prepare.prepared_builder(spec, folder))
 
 
 def _digits() -> Arrays:
@@ -87,7 +100,7 @@ def _decoded(spec: DatasetSpec, builder) -> Arrays:
     arrays = _read_cache(cache, fingerprint)
     if arrays is None:
         log.info("decoding %s once; the next start reads %s", spec.name, cache)
-        arrays = Arrays(_decode(spec, builder, "train"), _decode(spec, builder, "test"))
+        arrays = _decode_all(spec, builder)
         _write_cache(cache, fingerprint, arrays)
     return arrays
 
@@ -129,6 +142,10 @@ def _write_cache(path: Path, fingerprint: str, arrays: Arrays) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         log.warning("the next start decodes again: cannot write %s (%s)", path, error.strerror)
+
+
+def _decode_all(spec: DatasetSpec, builder) -> Arrays:
+    return Arrays(_decode(spec, builder, "train"), _decode(spec, builder, "test"))
 
 
 def _decode(spec: DatasetSpec, builder, split: str) -> Split:

@@ -17,7 +17,7 @@ class DatasetSpec:
       augment: whether training pictures are padded by 4, cropped at random and flipped.
       tfds_name: the name in TensorFlow Datasets; None for data that comes with a library.
       loss: the loss that ``--loss`` defaults to.
-      streamed: too large to live on the device.
+      streamed: too large to live on the device; pictures of any size, seen through random windows.
     """
 
     name: str
@@ -62,6 +62,15 @@ SPECS = {
             (0.229, 0.224, 0.225),
             augment=True,
             tfds_name="imagenet2012",
+            loss="xent",
+            streamed=True,
+        ),
+        DatasetSpec(
+            "synthetic_imagenet",
+            (224, 224, 3),
+            1000,
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
             loss="xent",
             streamed=True,
         ),

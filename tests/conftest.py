@@ -3,7 +3,7 @@ import io
 import pytest
 from PIL import Image
 
-from input_pipeline.sources import default_data_dir
+from input_pipeline.sources import data_path
 from tests.pictures import small_pictures
 
 
@@ -43,7 +43,7 @@ def real_data():
     """Returns a function that skips the test unless a prepared data set is found by default."""
 
     def require(name):
-        folder = default_data_dir() / name
+        folder = data_path() / name
         if not any(folder.glob("*/dataset_info.json")):
             pytest.skip(f"needs the real {name}, prepared in {folder.parent} (or $TFDS_DATA_DIR)")
 

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import tyro
 
-from input_pipeline.specs import SPECS
+from input_pipeline.specs import SPECS, DatasetSpec
 from models import ARCHITECTURES
 
 ARCHS = tuple(ARCHITECTURES)
 LOSSES = ("mse", "xent")
 PLATFORMS = ("cpu", "gpu", "tpu")
 PRECISIONS = ("f32", "bf16", "f64")
-DATASETS = tuple(name for name, spec in SPECS.items() if not spec.streamed)
+DATASETS = tuple(SPECS)
 
 
 class ConfigError(Exception):
@@ -55,10 +55,14 @@ class TrainConfig:
     """Multiplies every update; 1 is AGD, 10 an experiment."""
     seed: int = 0
     """Fixes starting weights, order and augmentation."""
+    image_size: Annotated[int | None, _flag(("PIXELS",), "224")] = None
+    """Side of imagenet's pictures as the network sees them."""
+    workers: Annotated[int | None, _flag(("INT",), "one for each core but one")] = None
+    """Processes that decode imagenet's pictures; 0 decodes in threads."""
     data_dir: Annotated[
-        Path | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
+        str | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
     ] = None
-    """Where TensorFlow Datasets keeps its data."""
+    """Where TensorFlow Datasets keeps its data; for imagenet also a folder with train and val."""
     workdir: Annotated[Path | None, _flag(("DIR",), "runs/<dataset>-<arch>-<time>")] = None
     """Where the run leaves its files."""
     platform: Annotated[str | None, _flag(PLATFORMS, "the best that JAX finds")] = None
@@ -79,14 +83,31 @@ class TrainConfig:
         _choose("--precision", self.precision, PRECISIONS)
         if self.platform is not None:
             _choose("--platform", self.platform, PLATFORMS)
-        for name in ("train_bs", "test_bs", "epochs", "depth", "width"):
-            if getattr(self, name) < 1:
+        for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: must be at least 0")
+        for name in ("image_size", "workers"):
+            if getattr(self, name) is not None and not SPECS[self.dataset].streamed:
+                streamed = " and ".join(name for name, spec in SPECS.items() if spec.streamed)
+                raise ConfigError(
+                    f"--{name} {getattr(self, name)}: is for {streamed}, not for {self.dataset}"
+                )
         if not 0 < self.gain < math.inf:
             raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
         return config
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """The data set, with its pictures in the size that the network is to see."""
+        spec = SPECS[self.dataset]
+        if self.image_size is None:
+            return spec
+        shape = (self.image_size, self.image_size, spec.image_shape[2])
+        return dataclasses.replace(spec, image_shape=shape)
 
     def to_json(self) -> dict:
         """The fields as what JSON has: numbers, strings and null."""

@@ -1,5 +1,6 @@
 """A run, from its config to its report."""
 
+import contextlib
 import functools
 import math
 import time
@@ -14,14 +15,15 @@ from jax.sharding import Mesh
 import agd_jax
 import models
 from input_pipeline import sources
+from input_pipeline.imagenet import Sources
 from input_pipeline.sources import Arrays
-from input_pipeline.specs import SPECS
 from training import metrics, sharding, step, workdir
 from training.config import ConfigError, TrainConfig
 from training.losses import LOSSES
-from training.programs import Programs
 from training.reporting import Reporter
+from training.resident import ResidentRun
 from training.state import TrainState, create_state
+from training.streamed import StreamedRun
 
 # --precision -> dtype of the network's arithmetic, and of everything else.
 DTYPES = {
@@ -68,11 +70,13 @@ def train(config: TrainConfig) -> Result:
     folder = workdir.choose(config)
     with jax.enable_x64(config.precision == "f64"):
         mesh = sharding.make_mesh(config)
-        data = sources.load(SPECS[config.dataset], config.data_dir)
+        data = load_data(config)
         check_batch_fits(config, data)
         graphdef, state = build_state(config, mesh)
-        run = build_programs(config, mesh, data, graphdef, state)
-        with Reporter(config, folder, describe(config, mesh, data, state)) as reporter:
+        with (
+            Reporter(config, folder, describe(config, mesh, data, state)) as reporter,
+            contextlib.closing(build_run(config, mesh, data, graphdef, state)) as run,
+        ):
             start = time.perf_counter()
             state = run.compile(state)
             reporter.begin(time.perf_counter() - start)
@@ -82,9 +86,20 @@ def train(config: TrainConfig) -> Result:
     return Result(folder, reporter.records, graphdef, state)
 
 
-def check_batch_fits(config: TrainConfig, data: Arrays) -> None:
+def load_data(config: TrainConfig) -> Arrays | Sources:
+    """Loads a small data set, or finds a large one."""
+    if not config.spec.streamed:
+        return sources.load(config.spec, config.data_dir)
+    from input_pipeline import imagenet, synthetic
+
+    if config.spec.tfds_name is None:
+        return synthetic.sources(config.train_bs, config.test_bs)
+    return imagenet.find(config.spec, config.data_dir)
+
+
+def check_batch_fits(config: TrainConfig, data: Arrays | Sources) -> None:
     """Raises ConfigError if there is no full batch in the training set."""
-    size = len(data.train.labels)
+    size = data.train.size
     if config.train_bs > size:
         raise ConfigError(
             f"--train_bs {config.train_bs}: larger than the training set of {config.dataset}; "
@@ -94,7 +109,7 @@ def check_batch_fits(config: TrainConfig, data: Arrays) -> None:
 
 def build_state(config: TrainConfig, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
     """Makes the network and the state that training starts from."""
-    spec, (dtype, param_dtype) = SPECS[config.dataset], DTYPES[config.precision]
+    spec, (dtype, param_dtype) = config.spec, DTYPES[config.precision]
     options = {"depth": config.depth, "width": config.width} if config.arch == "fcn" else {}
 
     def make_model() -> nnx.Module:
@@ -112,28 +127,68 @@ def build_state(config: TrainConfig, mesh: Mesh) -> tuple[nnx.GraphDef, TrainSta
     return create_state(make_model, agd_jax.agd(config.gain), key, sharding.replicated(mesh))
 
 
-def build_programs(
-    config: TrainConfig, mesh: Mesh, data: Arrays, graphdef: nnx.GraphDef, state: TrainState
-) -> Programs:
-    """Puts the data on the devices, and builds the programs that train and test on them."""
+def build_run(
+    config: TrainConfig,
+    mesh: Mesh,
+    data: Arrays | Sources,
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+) -> ResidentRun | StreamedRun:
+    """Puts the data on the devices, or on their way, and builds the programs that use them."""
     loss = LOSSES[config.loss]
-    return Programs(
-        SPECS[config.dataset],
+    common = {
+        "train_step": functools.partial(step.train_step, graphdef, agd_jax.agd(config.gain), loss),
+        "eval_step": functools.partial(step.eval_step, graphdef, loss),
+        "train_bs": config.train_bs,
+        "test_bs": config.test_bs,
+        "dtype": DTYPES[config.precision][1],
+        "mesh": mesh,
+    }
+    if config.spec.streamed:
+        train, test = open_streams(config, mesh, data)
+        return StreamedRun(config.spec, train, test, data, **common)
+    return ResidentRun(
+        config.spec,
         data,
-        train_step=functools.partial(step.train_step, graphdef, agd_jax.agd(config.gain), loss),
-        eval_step=functools.partial(step.eval_step, graphdef, loss),
         # The starting weights are drawn from the seed's key itself.
         key=jax.random.fold_in(jax.random.key(config.seed), 1),
-        train_bs=config.train_bs,
-        test_bs=config.test_bs,
-        dtype=DTYPES[config.precision][1],
-        mesh=mesh,
         convolutional=any(p.ndim == 4 for p in jax.tree.leaves(state.params)),
+        **common,
     )
 
 
+def open_streams(config: TrainConfig, mesh: Mesh, data: Sources) -> tuple:
+    """The training and the test batches of a large data set."""
+    from input_pipeline import streaming, synthetic
+
+    over_batch = sharding.over_batch(mesh)
+    if config.spec.tfds_name is None:
+        return tuple(
+            synthetic.NoiseStream(config.spec, batch_size, over_batch)
+            for batch_size in (config.train_bs, config.test_bs)
+        )
+    workers = streaming.default_workers() if config.workers is None else config.workers
+    train = streaming.train_stream(
+        config.spec,
+        data.train,
+        seed=config.seed,
+        epochs=config.epochs,
+        batch_size=config.train_bs,
+        sharding=over_batch,
+        workers=workers,
+    )
+    test = streaming.eval_stream(
+        config.spec,
+        data.test,
+        batch_size=config.test_bs,
+        sharding=over_batch,
+        workers=workers,
+    )
+    return train, test
+
+
 def train_epoch(
-    run: Programs, state: TrainState, epoch: int, reporter: Reporter
+    run: ResidentRun | StreamedRun, state: TrainState, epoch: int, reporter: Reporter
 ) -> tuple[TrainState, dict]:
     """Trains for an epoch, the first being 1, and tests.
 
@@ -144,27 +199,29 @@ def train_epoch(
       NonFiniteLossError: if the loss stops being finite.
     """
     start = time.perf_counter()
-    order = run.shuffle(epoch)
     stop, last = (epoch - 1) * run.steps_per_epoch, epoch * run.steps_per_epoch
     sums, steps = run.no_metrics(), 1
     while stop < last:
         stop = min(stop + steps, last)
-        before, (state, sums) = sums, run.train(state, sums, order, stop)
+        before, (state, sums) = sums, run.train(state, sums, stop)
         # The host waits for the dispatch before this one, the device for nothing.
         seen, seconds = jax.device_get(before), time.perf_counter() - start
+        if not math.isfinite(seen.sums.loss):
+            break
         if seen.steps:
             steps = max(1, int(seen.steps * DISPATCH_SECONDS / seconds))
             speed = {"images_per_second": float(seen.sums.examples) / seconds}
             done = float(seen.steps) / run.steps_per_epoch
             reporter.progress(epoch, done, metrics.train_averages(seen) | speed)
-    tested = run.evaluate(state)
     sums, seconds = jax.device_get(sums), time.perf_counter() - start
     if not math.isfinite(sums.sums.loss):
+        bad_step = last - run.steps_per_epoch + int(sums.steps)
         raise NonFiniteLossError(
-            f"the loss was {sums.sums.loss} at step {state.step} (epoch {epoch})"
+            f"the loss was {sums.sums.loss} at step {bad_step} (epoch {epoch})"
         )
 
-    trained, tested = metrics.train_averages(sums), metrics.averages(jax.device_get(tested))
+    tested = metrics.averages(jax.device_get(run.evaluate(state)))
+    trained = metrics.train_averages(sums)
     return state, {
         "epoch": epoch,
         "step": last,
@@ -175,15 +232,18 @@ def train_epoch(
         **trained,
         "seconds": seconds,
         "images_per_second": float(sums.sums.examples) / seconds,
+        **run.counts(),
     }
 
 
-def describe(config: TrainConfig, mesh: Mesh, data: Arrays, state: TrainState) -> dict[str, str]:
+def describe(
+    config: TrainConfig, mesh: Mesh, data: Arrays | Sources, state: TrainState
+) -> dict[str, str]:
     """What was resolved, as the first lines of a run say it."""
     leaves = jax.tree.leaves(state.params)
     device, size = mesh.devices.flat[0], mesh.devices.size
-    train, test = data.train.labels.size, data.test.labels.size
-    pixels = " x ".join(map(str, data.train.images.shape[1:]))
+    train, test = data.train.size, data.test.size
+    pixels = " x ".join(map(str, config.spec.image_shape))
     batches = f"{train // config.train_bs:,} steps of {config.train_bs} pictures"
     return {
         "devices": f"{size} x {device.platform} ({device.device_kind})",

@@ -25,7 +25,7 @@ class TrainMetrics(NamedTuple):
 
     Attributes:
       sums: over the examples.
-      steps: how many there were.
+      steps: how many there were, up to the first whose loss was not finite.
       eta: sum over the steps of the automatic learning rate.
       eta_min: the smallest.
       eta_max: the largest.
@@ -74,7 +74,9 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 def add_train(a: TrainMetrics, b: TrainMetrics) -> TrainMetrics:
     """Metrics of the steps of both."""
     return jax.tree.map(jnp.add, a, b)._replace(
-        eta_min=jnp.minimum(a.eta_min, b.eta_min), eta_max=jnp.maximum(a.eta_max, b.eta_max)
+        steps=a.steps + jnp.where(jnp.isfinite(a.sums.loss), b.steps, 0),
+        eta_min=jnp.minimum(a.eta_min, b.eta_min),
+        eta_max=jnp.maximum(a.eta_max, b.eta_max),
     )
 
 

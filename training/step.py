@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from input_pipeline.resident import Batch
+from input_pipeline.batch import Batch
 from training import metrics
 from training.metrics import Metrics, TrainMetrics
 from training.state import TrainState
@@ -30,7 +30,7 @@ def train_step(
       tx: ``agd()``.
       loss: one of :data:`training.losses.LOSSES`.
       state: before the step.
-      batch: of training examples, without padding.
+      batch: of training examples; what has weight zero counts for nothing but BatchNorm.
 
     Returns:
       The state after the step, and the metrics of the batch before it.
@@ -40,7 +40,10 @@ def train_step(
         model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
         model.train()
         logits, losses = _losses(model, loss, batch)
-        return jnp.mean(losses), (logits, losses, nnx.state(model, nnx.BatchStat))
+        mean = jnp.mean(batch.weights * losses) * (
+            losses.size / jnp.maximum(1, jnp.sum(batch.weights))
+        )
+        return mean, (logits, losses, nnx.state(model, nnx.BatchStat))
 
     gradient = jax.grad(objective, has_aux=True)
     grads, (logits, losses, batch_stats) = gradient(state.params)

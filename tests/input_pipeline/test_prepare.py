@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from input_pipeline import prepare, sources
+from input_pipeline import imagenet, prepare, sources
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
-from tests.pictures import small_pictures
+from tests.pictures import encoded, photograph, small_pictures
 
 
 def mnist_archives(folder):
@@ -136,4 +136,71 @@ def test_preparing_an_unknown_data_set_names_the_known():
     command = [sys.executable, "-m", "input_pipeline.prepare", "imagenette"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr == "error: imagenette: unknown; choose from mnist, cifar10, cifar100\n"
+    assert (
+        run.stderr == "error: imagenette: unknown; choose from mnist, cifar10, cifar100, imagenet\n"
+    )
+
+
+def write_tars(folder, train, validation):
+    """The two archives of ILSVRC 2012, with few pictures; returns the bytes of each by name."""
+    pictures = {}
+
+    def add(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    def picture(name, **options):
+        pictures[name] = encoded(photograph(30, 40, seed=len(pictures)), **options)
+        return pictures[name]
+
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        for synset, names in train.items():
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for name in names:
+                    add(inner, name, picture(name))
+            add(outer, f"{synset}.tar", buffer.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name in validation:
+            add(tar, name, picture(name, format="png"))
+    return pictures
+
+
+def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys):
+    train = {
+        "n01440764": ["n01440764_1.JPEG", "n01440764_2.JPEG"],
+        "n15075141": ["n15075141_9.JPEG"],
+    }
+    validation = ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00050000.JPEG"]
+    pictures = write_tars(tmp_path, train, validation)
+    prepare.main("imagenet", data_dir=str(tmp_path / "data"), tars=tmp_path)
+    assert "imagenet is prepared in" in capsys.readouterr().out
+
+    found = {}
+    for source in imagenet.find(SPECS["imagenet"], tmp_path / "data"):
+        for i in range(source.size):
+            assert source[i].data == pictures[source.name(i)]
+            found[source.name(i)] = source[i].label
+    # The first and the last of the validation pictures are n01751748 and n02437616.
+    assert found == {
+        "n01440764_1.JPEG": 0,
+        "n01440764_2.JPEG": 0,
+        "n15075141_9.JPEG": 999,
+        "ILSVRC2012_val_00000001.JPEG": 65,
+        "ILSVRC2012_val_00050000.JPEG": 355,
+    }
+
+
+def test_archives_of_imagenet_that_are_missing_or_damaged_are_named(tmp_path):
+    with pytest.raises(
+        DataError, match=r"--tars None: has no ILSVRC2012_img_train.tar and no ILSV"
+    ):
+        prepare.prepare_imagenet(None, tmp_path / "data")
+    write_tars(tmp_path, {"n01440764": ["n01440764_1.JPEG"]}, [])
+    (tmp_path / "ILSVRC2012_img_val.tar").unlink()
+    with pytest.raises(DataError, match=r"has no ILSVRC2012_img_val.tar; download"):
+        prepare.prepare_imagenet(tmp_path, tmp_path / "data")
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"an error page")
+    with pytest.raises(DataError, match="cannot prepare imagenet there"):
+        prepare.prepare_imagenet(tmp_path, tmp_path / "data")

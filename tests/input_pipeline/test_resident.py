@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from input_pipeline import resident
+from input_pipeline.batch import normalise
 from input_pipeline.sources import Split
 from input_pipeline.specs import SPECS
 
@@ -56,7 +57,7 @@ def test_every_test_example_is_seen_once(count):
 
 def test_colours_are_normalised_channel_by_channel():
     images = jnp.full((1, 2, 2, 3), 51, jnp.uint8)
-    pixel = resident.normalise(CIFAR, images, jnp.float32)[0, 0, 0]
+    pixel = normalise(CIFAR, images, jnp.float32)[0, 0, 0]
     expected = (0.2 - np.array(CIFAR.mean)) / np.array(CIFAR.std)
     np.testing.assert_allclose(pixel, expected, rtol=1e-5)
 

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from input_pipeline.specs import SPECS
-from training import config as config_module
 from training.config import ConfigError, TrainConfig
 
 
@@ -23,6 +21,13 @@ from training.config import ConfigError, TrainConfig
         ({"train_bs": 0}, r"--train_bs 0: must be at least 1"),
         ({"test_bs": -1}, r"--test_bs -1: must be at least 1"),
         ({"gain": float("nan")}, r"--gain nan: must be positive and finite"),
+        ({"dataset": "imagenet", "image_size": 0}, r"--image_size 0: must be at least 1"),
+        ({"dataset": "imagenet", "workers": -1}, r"--workers -1: must be at least 0"),
+        (
+            {"image_size": 64},
+            r"--image_size 64: is for imagenet and synthetic_imagenet, not for digits",
+        ),
+        ({"dataset": "mnist", "workers": 0}, r"--workers 0: is for imagenet and .*not for mnist"),
         ({"seed": 2**32}, r"--seed 4294967296: must be at least 0 and less than 2\*\*32"),
     ],
 )
@@ -32,11 +37,16 @@ def test_wrong_fields_are_named_with_what_would_work(fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_loss_defaults_to_that_of_the_data_set(monkeypatch):
+def test_loss_defaults_to_that_of_the_data_set():
     assert TrainConfig().resolved().loss == "mse"
     assert TrainConfig(loss="xent").resolved().loss == "xent"
-    monkeypatch.setattr(config_module, "DATASETS", tuple(SPECS))
     assert TrainConfig(dataset="imagenet").resolved().loss == "xent"
+
+
+def test_the_size_of_pictures_is_that_of_the_data_set_or_as_asked():
+    assert TrainConfig(dataset="imagenet").spec.image_shape == (224, 224, 3)
+    assert TrainConfig(dataset="imagenet", image_size=64).spec.image_shape == (64, 64, 3)
+    assert TrainConfig().spec.image_shape == (8, 8, 1)
 
 
 def test_json_has_every_field():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from input_pipeline import resident, sources
+from input_pipeline import sources
+from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
 from training import loop
 from training.config import ConfigError, TrainConfig
@@ -44,7 +45,7 @@ def test_epoch_record_is_what_happened(tmp_path):
     last = result.records[-1]
     test = sources.load(SPECS["digits"]).test
     model = nnx.merge(result.graphdef, result.state.params, result.state.batch_stats)
-    logits = model(resident.normalise(SPECS["digits"], jnp.asarray(test.images), jnp.float32))
+    logits = model(normalise(SPECS["digits"], jnp.asarray(test.images), jnp.float32))
     losses = LOSSES["mse"](logits, test.labels)
     assert last["test_loss"] == pytest.approx(float(jnp.mean(losses)), rel=1e-5)
     hits = float(np.mean(np.argmax(logits, axis=1) == test.labels))
@@ -104,9 +105,9 @@ def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_
 def test_steps_taken_one_by_one_are_those_of_the_loop(tmp_path, monkeypatch):
     fields = {"epochs": 2, "depth": 3, "width": 16, "test_bs": 100}
     looped = train(TrainConfig(workdir=tmp_path / "looped", **fields))
-    build = functools.partial(loop.Programs, convolutional=True)
+    build = functools.partial(loop.ResidentRun, convolutional=True)
     one_by_one = lambda *args, convolutional, **kwargs: build(*args, **kwargs)
-    monkeypatch.setattr(loop, "Programs", one_by_one)
+    monkeypatch.setattr(loop, "ResidentRun", one_by_one)
     single = train(TrainConfig(workdir=tmp_path / "single", platform="cpu", **fields))
     for a, b in zip(looped.records, single.records, strict=True):
         for name in ("train_loss", "test_loss", "test_accuracy", "eta", "eta_max"):

@@ -1,4 +1,4 @@
-"""The compiled programs of a run over resident data."""
+"""A run whose data live on the devices: many steps in one dispatch, where that is faster."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from input_pipeline import resident
-from input_pipeline.resident import Batch
+from input_pipeline.batch import Batch
 from input_pipeline.sources import Arrays, Split
 from input_pipeline.specs import DatasetSpec
 from training import metrics, sharding
@@ -15,8 +15,8 @@ from training.metrics import Metrics, TrainMetrics
 from training.state import TrainState
 
 
-class Programs:
-    """Everything that runs on the devices: many steps in one dispatch, where that is faster.
+class ResidentRun:
+    """Trains and tests on data that each device holds, with the batches made inside jit.
 
     XLA's CPU backend runs a loop whose length it knows on one thread, and one until an argument
     on all of them. So lengths are arguments here, and one program serves every length. But its
@@ -62,6 +62,7 @@ class Programs:
         self._no_metrics = jax.device_put(metrics.no_train_metrics(dtype), everywhere)
         self._no_eval_metrics = jax.device_put(metrics.no_metrics(dtype), everywhere)
         self._shuffle_key, self._augment_key = jax.random.split(key)
+        self._epoch, self._order = None, None
         self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
 
         def shuffle(key: jax.Array, epoch: jax.Array) -> jax.Array:
@@ -102,7 +103,7 @@ class Programs:
 
     def compile(self, state: TrainState) -> TrainState:
         """Compiles everything, so that no epoch is timed with it. The state is donated."""
-        order, sums, (train, test) = self.shuffle(0), self._no_metrics, self._data
+        order, sums, (train, test) = self._order_of(0), self._no_metrics, self._data
         if self._one_by_one:
             # There is no calling a step without taking it: a copy of the state takes it.
             self._step(jax.tree.map(jnp.copy, state), sums, train, order, self._augment_key)
@@ -117,21 +118,17 @@ class Programs:
         """What an epoch's sums start from."""
         return self._no_metrics
 
-    def shuffle(self, epoch: int) -> jax.Array:
-        """The order of the training examples in an epoch."""
-        return self._shuffle(self._shuffle_key, epoch)
-
     def train(
-        self, state: TrainState, sums: TrainMetrics, order: jax.Array, stop: int
+        self, state: TrainState, sums: TrainMetrics, stop: int
     ) -> tuple[TrainState, TrainMetrics]:
         """Takes steps until ``state.step`` is ``stop`` or the loss is no longer finite.
 
         Args:
           state: donated, so not to be used again.
           sums: metrics of the epoch so far.
-          order: of the epoch, from :meth:`shuffle`.
           stop: a step of this epoch, or the first of the next.
         """
+        order = self._order_of((stop - 1) // self.steps_per_epoch)
         if not self._one_by_one:
             return self._steps(state, sums, self._data.train, order, self._augment_key, stop)
         # Waiting for each step costs nothing where the device is the host.
@@ -147,6 +144,27 @@ class Programs:
         for index in range(self._eval_steps):
             sums = self._score(state, sums, test, index)
         return sums
+
+    def position(self) -> dict:
+        """Nothing: the place in the data follows from the step."""
+        return {}
+
+    def restore(self, position: dict, step: int) -> None:
+        """There is nothing to do."""
+
+    def counts(self) -> dict[str, int]:
+        """Nothing that an epoch's record would have to add."""
+        return {}
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def _order_of(self, epoch: int) -> jax.Array:
+        """The order of the training examples in an epoch, the first being 0."""
+        if epoch != self._epoch:
+            # Epochs have been counted from 1 in the stream of random numbers.
+            self._epoch, self._order = epoch, self._shuffle(self._shuffle_key, epoch + 1)
+        return self._order
 
 
 def _unfinished(state: TrainState, sums: TrainMetrics, stop: jax.typing.ArrayLike) -> jax.Array:

@@ -1,0 +1,144 @@
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from input_pipeline import imagenet
+from input_pipeline.errors import DataError
+from input_pipeline.specs import SPECS
+from tests.pictures import LABELS, SYNSETS, encoded, photograph, write_tree
+
+SPEC = SPECS["imagenet"]
+
+
+@pytest.fixture
+def prepared_imagenet(tmp_path):
+    """Returns a function that prepares a small imagenet2012 as TFDS does: () -> data_dir."""
+
+    def prepare(file_format="array_record", splits=("train", "validation"), count=7):
+        import tensorflow_datasets as tfds
+
+        tfds.disable_progress_bar()
+        root = tmp_path / "tfds"
+        builder = tfds.builder("imagenet2012", data_dir=root, file_format=file_format)
+
+        def examples(split):
+            for i in range(count):
+                name = f"{split}_{i}.JPEG"
+                picture = io.BytesIO(encoded(photograph(40, 50, seed=i)))
+                yield name, {"image": picture, "label": SYNSETS[i % 3], "file_name": name}
+
+        builder._split_generators = lambda _: {split: examples(split) for split in splits}
+        builder.download_and_prepare()
+        return root
+
+    return prepare
+
+
+def test_array_records(prepared_imagenet):
+    sources = imagenet.find(SPEC, prepared_imagenet())
+    assert [s.size for s in sources] == [7, 7]
+    for source, split in zip(sources, ("train", "validation"), strict=True):
+        # TFDS stores them in an order of its own.
+        assert {source.name(i) for i in range(7)} == {f"{split}_{i}.JPEG" for i in range(7)}
+        for i in range(7):
+            number = int(source.name(i).split("_")[1].split(".")[0])
+            record = source[i]
+            assert record.label == LABELS[number % 3]
+            assert record.data == encoded(photograph(40, 50, seed=number))
+
+
+def test_a_folder_tree(tmp_path):
+    root = write_tree(tmp_path, train=7, test=4)
+    (root / "train" / SYNSETS[0] / ".DS_Store").write_bytes(b"")
+    (root / "train" / "notes.txt").write_text("")
+    train, test = imagenet.find(SPEC, root)
+    assert (train.size, test.size) == (7, 4)
+    for source in (train, test):
+        for i in range(source.size):
+            path = source.name(i)
+            assert source[i].label == LABELS[SYNSETS.index(path.split(os.sep)[-2])]
+            assert source[i].data == Path(path).read_bytes()
+
+
+def test_folders_that_are_not_of_imagenet_are_numbered_in_order(tmp_path):
+    root = write_tree(tmp_path, train=4, test=3, synsets=("dog", "cat", "eel"))
+    train, test = imagenet.find(SPEC, root)
+    assert [train[i].label for i in range(4)] == [0, 1, 1, 2]
+    assert [test[i].label for i in range(3)] == [0, 1, 2]
+
+
+def test_the_environment_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGENET_PATH", str(write_tree(tmp_path / "a", train=3, test=3)))
+    assert imagenet.find(SPEC).train.size == 3
+    # What is asked for comes before what the environment says.
+    assert imagenet.find(SPEC, write_tree(tmp_path / "b", train=5, test=3)).train.size == 5
+
+
+def test_a_source_is_small_to_send(tmp_path):
+    import cloudpickle
+
+    source = imagenet.find(SPEC, write_tree(tmp_path, train=300, test=3)).train
+    assert len(cloudpickle.dumps(source)) < 300 * 40 + 5000
+
+
+def test_tfrecords_are_refused_with_the_command_that_converts_them(prepared_imagenet, monkeypatch):
+    root = prepared_imagenet()
+    (info,) = root.glob("imagenet2012/*/dataset_info.json")
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    command = (
+        f"`tfds convert_format --dataset_version_dir={info.parent} --out_file_format=array_record`"
+    )
+    with pytest.raises(DataError, match="is there as tfrecord") as caught:
+        imagenet.find(SPEC, root)
+    assert command in str(caught.value)
+
+    # What the command leaves: both formats in one folder, and the new one among the alternatives.
+    text = info.read_text()
+    info.write_text(text.replace("{", '{"alternativeFileFormats": ["array_record"],', 1))
+    assert imagenet.find(SPEC, root).train.size == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "has neither imagenet2012, .* nor folders train and val"),
+        (lambda root: (root / "imagenet2012").mkdir(), "no complete version"),
+        (lambda root: [(root / s).mkdir() for s in ("train", "val")], "train has no folders of"),
+        (
+            lambda root: (write_tree(root, 3, 0), (root / "val").mkdir()),
+            "val has no folders of pictures",
+        ),
+        (
+            lambda root: write_tree(root, 1001, 1, [f"c{i:04d}" for i in range(1001)]),
+            "1001 classes, more than the 1000",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(DataError, match=message):
+        imagenet.find(SPEC, tmp_path)
+
+
+def test_a_split_that_is_missing_is_named(prepared_imagenet):
+    with pytest.raises(DataError, match="no splits train and validation, only train"):
+        imagenet.find(SPEC, prepared_imagenet(splits=("train",)))
+
+
+def test_cloud_paths_reach_tfds_as_they_are(monkeypatch):
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    asked = []
+
+    def builder(name, data_dir, **kwargs):
+        asked.append((name, os.fspath(data_dir)))
+        raise DataError("asked")
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    monkeypatch.setattr(epath.gpath._GPath, "is_dir", lambda path: True)
+    with pytest.raises(DataError, match="asked"):
+        imagenet.find(SPEC, "gs://bucket/folder")
+    assert asked == [("imagenet2012", "gs://bucket/folder")]

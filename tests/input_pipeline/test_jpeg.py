@@ -1,0 +1,182 @@
+import io
+import struct
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline import jpeg
+from tests.pictures import encoded, photograph
+
+
+def whole(height, width):
+    return jpeg.Window(0, 0, height, width)
+
+
+def reference(data, window, size):
+    """All of it decoded by another library, cropped, and resized with a filter."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    top, left, height, width = window
+    box = (left, top, left + width, top + height)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box), np.float32)
+
+
+def difference(data, window, size):
+    got = jpeg.picture(data, lambda height, width: window, size)
+    assert got.shape == (size, size, 3)
+    assert got.dtype == np.uint8
+    return np.abs(got - reference(data, window, size)).mean()
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+@pytest.mark.parametrize(
+    "window",
+    [
+        jpeg.Window(0, 0, 300, 400),
+        jpeg.Window(13, 27, 101, 77),  # enlarged
+        jpeg.Window(150, 200, 150, 200),  # to the last row
+        jpeg.Window(40, 0, 260, 399),  # a scale of 1/2
+        jpeg.Window(299, 399, 1, 1),
+    ],
+)
+def test_a_window_is_that_of_the_picture_decoded_whole(window, subsampling):
+    data = encoded(photograph(300, 400), subsampling=subsampling)
+    assert difference(data, window, 128) < 2.5
+
+
+def test_a_window_of_a_picture_decoded_at_an_eighth_is_right_to_a_pixel():
+    data = encoded(photograph(300, 400))
+    assert difference(data, whole(300, 400), 30) < 4
+    assert difference(data, whole(296, 400), 30) < 3
+
+
+def test_only_what_is_needed_is_decoded(monkeypatch):
+    sizes = []
+    decode = jpeg.simplejpeg.decode_jpeg
+
+    def spy(*args, **kwargs):
+        sizes.append(decode(*args, **kwargs).shape[:2])
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", spy)
+    data = encoded(photograph(300, 400))
+    for window, size in (((10, 10, 90, 90), 64), ((0, 0, 300, 400), 100), ((0, 0, 300, 400), 30)):
+        jpeg.picture(data, lambda height, width, w=window: jpeg.Window(*w), size)
+    assert sizes == [(100, 400), (150, 200), (38, 50)]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk(mode):
+    data = encoded(photograph(60, 80, mode=mode))
+    assert difference(data, whole(60, 80), 50) < 3
+
+
+def test_progressive():
+    data = encoded(photograph(60, 80), progressive=True)
+    assert difference(data, jpeg.Window(5, 5, 30, 40), 32) < 2.5
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_png_whatever_it_is_called(mode):
+    data = encoded(photograph(60, 80).convert(mode), format="png")
+    assert difference(data, jpeg.Window(5, 5, 30, 40), 32) < 2.5
+
+
+def test_a_mark_of_orientation_changes_nothing():
+    picture = photograph(60, 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    data = encoded(picture, exif=exif)
+    assert difference(data, whole(60, 80), 50) < 2.5
+    progressive = encoded(picture, exif=exif, progressive=True)
+    assert difference(progressive, whole(60, 80), 50) < 2.5
+
+
+def test_bytes_after_the_end_change_nothing():
+    data = encoded(photograph(60, 80))
+    assert difference(data + bytes(100), whole(60, 80), 50) < 2.5
+
+
+JPEG = encoded(photograph(60, 80))
+SIZE_OFFSET = JPEG.index(b"\xff\xc0") + 5
+HUGE = bytearray(JPEG)
+struct.pack_into(">HH", HUGE, SIZE_OFFSET, 65000, 65000)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "."),
+        (b"not a picture at all", "no format"),
+        (JPEG[:2], "."),
+        (JPEG[:20], "."),
+        (JPEG[: len(JPEG) // 2], "cut off"),
+        (JPEG[:-2], "cut off"),
+        (bytes(HUGE), "65000 x 65000"),
+        (encoded(photograph(60, 80), format="png")[:200], "."),
+    ],
+)
+def test_what_cannot_be_read_is_said_to_be(data, reason):
+    with pytest.raises(jpeg.UnreadableError, match=reason):
+        jpeg.picture(data, whole, 32)
+
+
+def test_damage_of_any_kind_is_decoded_or_refused():
+    rng = np.random.RandomState(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(JPEG)
+        for at in rng.randint(0, len(data), rng.randint(1, 4)):
+            data[at] = rng.randint(256)
+        try:
+            assert jpeg.picture(bytes(data), jpeg.central_window, 32).shape == (32, 32, 3)
+        except jpeg.UnreadableError:
+            refused += 1
+    assert 0 < refused < 300
+
+
+def test_random_windows_have_the_distribution_they_say():
+    rng = np.random.default_rng(0)
+    height, width = 3000, 4000
+    windows = np.array([jpeg.random_window(rng, height, width) for _ in range(4000)])
+    top, left, h, w = windows.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + h <= height).all()
+    assert (left + w <= width).all()
+    area, aspect = h * w / (height * width), w / h
+    assert area.min() >= 0.079
+    assert area.max() <= 1
+    assert (aspect >= 0.749).all()
+    assert (aspect <= 1.334).all()
+    # Small windows always fit, so there the area is uniform and the aspect ratio log-uniform.
+    small = area < 0.5
+    assert np.mean(area[small] < 0.29) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(np.log(aspect[small])) == pytest.approx(0, abs=0.015)
+    # Places are uniform.
+    free = left[w < width] / (width - w[w < width])
+    assert np.mean(free) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 1000), (1000, 1), (7, 5), (224, 224)])
+def test_windows_of_odd_pictures_are_within_them(height, width):
+    rng = np.random.default_rng(0)
+    windows = [jpeg.random_window(rng, height, width) for _ in range(50)]
+    for window in [*windows, jpeg.central_window(height, width)]:
+        assert min(window.height, window.width) >= 1
+        assert 0 <= window.top <= height - window.height
+        assert 0 <= window.left <= width - window.width
+
+
+def test_the_central_window_is_224_pixels_of_256():
+    assert jpeg.central_window(256, 512) == (16, 144, 224, 224)
+
+
+def test_mirrored():
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    np.testing.assert_array_equal(jpeg.mirrored(image), image[:, ::-1])
+
+
+def test_pictures_do_not_start_threads_of_their_own():
+    assert cv2.getNumThreads() == 1

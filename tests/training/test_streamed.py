@@ -1,0 +1,200 @@
+import json
+import logging
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.pictures import write_tree
+from training import loop
+from training.config import TrainConfig
+from training.loop import NonFiniteLossError, train
+
+FIELDS = {
+    "dataset": "imagenet",
+    "arch": "fcn",
+    "depth": 2,
+    "width": 16,
+    "image_size": 16,
+    "train_bs": 5,
+    "test_bs": 4,
+    "epochs": 2,
+    "workers": 0,
+    "platform": "cpu",
+}
+TIMINGS = {"seconds", "images_per_second"}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return str(write_tree(tmp_path / "imagenet", train=23, test=10))
+
+
+def run(tmp_path, name="run", **fields):
+    return train(TrainConfig(workdir=tmp_path / name, **(FIELDS | fields)))
+
+
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def untimed(records):
+    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+
+
+def test_imagenet_trains(tmp_path, tree):
+    result = run(tmp_path, data_dir=tree, epochs=30, train_bs=23, depth=4, width=64)
+    losses = [record["train_loss"] for record in result.records]
+    assert losses[0] == pytest.approx(np.log(1000), rel=0.1)
+    assert np.mean(losses[-5:]) < 0.2 * losses[0]
+    assert [record["step"] for record in result.records] == list(range(1, 31))
+    assert all(record["unreadable"] == 0 for record in result.records)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.records
+
+
+def test_workers_and_dispatches_change_nothing(tmp_path, tree, monkeypatch):
+    threads = run(tmp_path, "threads", data_dir=tree)
+    monkeypatch.setattr(loop, "DISPATCH_SECONDS", 0)
+    processes = run(tmp_path, "processes", data_dir=tree, workers=2)
+    assert same(threads.state, processes.state)
+    assert untimed(threads.records) == untimed(processes.records)
+
+
+@pytest.mark.slow
+def test_a_convolutional_network_trains(tmp_path, tree):
+    result = run(tmp_path, data_dir=tree, arch="resnet18", epochs=1)
+    assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(result.state))
+
+
+def test_a_run_stopped_in_an_epoch_goes_on_with_the_very_next_example(tmp_path, tree):
+    config = TrainConfig(data_dir=tree, **FIELDS).resolved()
+    whole = run(tmp_path, data_dir=tree)
+
+    def begin():
+        mesh = loop.sharding.make_mesh(config)
+        data = loop.load_data(config)
+        graphdef, state = loop.build_state(config, mesh)
+        new = loop.build_run(config, mesh, data, graphdef, state)
+        return new, new.compile(state)
+
+    def finish(new, state):
+        sums = new.no_metrics()
+        for stop in (int(state.step) + 1, 8):
+            state, sums = new.train(state, sums, stop)
+        new.close()
+        return state
+
+    stopped, state = begin()
+    state, _ = stopped.train(state, stopped.no_metrics(), 3)  # of four in an epoch
+    stopped.close()
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        save = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(stopped.position()),
+        }
+        manager.save(3, args=ocp.args.Composite(**save))
+
+    resumed, fresh = begin()
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        restore = {"state": ocp.args.StandardRestore(fresh), "data": ocp.args.JsonRestore()}
+        saved = manager.restore(3, args=ocp.args.Composite(**restore))
+    resumed.restore(saved["data"], step=3)
+    assert same(finish(resumed, saved["state"]), whole.state)
+
+
+def test_pictures_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_path, tree, caplog):
+    paths = sorted((tmp_path / "imagenet").glob("*/*/*.JPEG"))
+    broken = [next(p for p in paths if p.parts[-3] == split) for split in ("train", "val")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:300])
+    with caplog.at_level(logging.WARNING, "training"):
+        result = run(tmp_path, data_dir=tree, train_bs=23, epochs=3)
+    messages = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
+    assert sorted(m.rsplit(" ", 1)[1] for m in messages) == sorted(map(str, broken))
+    assert [record["unreadable"] for record in result.records] == [2, 2, 2]
+    rates = [r["train_accuracy"] * 22 for r in result.records]
+    np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
+    rates = [r["test_accuracy"] * 9 for r in result.records]
+    np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
+
+
+def test_weight_zero_counts_for_nothing():
+    config = TrainConfig(**(FIELDS | {"dataset": "synthetic_imagenet"})).resolved()
+    mesh = loop.sharding.make_mesh(config)
+    graphdef, state = loop.build_state(config, mesh)
+    tx, loss = loop.agd_jax.agd(), loop.LOSSES["xent"]
+    rng = np.random.RandomState(0)
+    images, labels = rng.randn(6, 16, 16, 3).astype(np.float32), rng.randint(0, 1000, 6)
+    Batch = loop.step.Batch  # noqa: N806
+    step = lambda batch: loop.step.train_step(graphdef, tx, loss, state, batch)
+
+    four, sums = step(Batch(images[:4], labels[:4], jnp.ones(4)))
+    six, padded = step(Batch(images, labels, jnp.array([1.0, 1, 1, 1, 0, 0])))
+    for a, b in zip(jax.tree.leaves((four, sums)), jax.tree.leaves((six, padded)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+    none, _ = step(Batch(images, labels, jnp.zeros(6)))
+    assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(none.params))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, tree, monkeypatch):
+    original = loop.step.train_step
+
+    def train_step(*args):
+        state, measured = original(*args)
+        broken = jnp.where(state.step == 6, jnp.nan, measured.sums.loss)
+        return state, measured._replace(sums=measured.sums._replace(loss=broken))
+
+    monkeypatch.setattr(loop.step, "train_step", train_step)
+    with pytest.raises(NonFiniteLossError, match=r"^the loss was nan at step 6 \(epoch 2\)"):
+        run(tmp_path, data_dir=tree, epochs=3)
+
+
+def test_synthetic_pictures_need_no_data(tmp_path):
+    result = run(tmp_path, dataset="synthetic_imagenet", data_dir=None, epochs=1)
+    (record,) = result.records
+    assert record["step"] == 100
+    assert record["unreadable"] == 0
+    assert record["train_loss"] < np.log(1000)
+
+
+def test_bf16_keeps_everything_but_the_networks_arithmetic_in_float32(tmp_path):
+    config = TrainConfig(
+        **(FIELDS | {"dataset": "synthetic_imagenet", "arch": "resnet18", "precision": "bf16"})
+    ).resolved()
+    mesh = loop.sharding.make_mesh(config)
+    graphdef, state = loop.build_state(config, mesh)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {
+        jnp.dtype(jnp.float32)
+    }
+    batch = loop.step.Batch(
+        jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+        jax.ShapeDtypeStruct((4,), jnp.float32),
+    )
+    step = lambda state, batch: loop.step.train_step(
+        graphdef, loop.agd_jax.agd(), loop.LOSSES["xent"], state, batch
+    )
+    new, measured = jax.eval_shape(step, state, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves((new, measured))} == {
+        jnp.dtype(jnp.float32),
+        jnp.dtype(jnp.int32),  # the count of steps
+    }
+    program = jax.make_jaxpr(step)(state, batch)
+    # What the network multiplies is bfloat16; norms, G and eta come after.
+    heavy = [e for e in equations(program.jaxpr) if e.primitive.name == "conv_general_dilated"]
+    assert heavy
+    assert {v.aval.dtype for e in heavy for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+    norms = [e for e in equations(program.jaxpr) if e.primitive.name in ("sqrt", "log", "rsqrt")]
+    assert {v.aval.dtype for e in norms for v in e.invars} == {jnp.dtype(jnp.float32)}
+
+
+def equations(jaxpr):
+    """All the equations of a program, those of its inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
