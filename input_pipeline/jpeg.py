@@ -8,7 +8,7 @@ The window is chosen from the header, before anything is decoded. Then three thi
   inverse cosine transform of fewer coefficients;
 - what remains is a factor below two, for which bilinear interpolation skips no pixel.
 
-What cannot be saved is the entropy coding above and beside the window, three quarters of the work.
+What cannot be saved is the entropy coding above and beside the window, 0.7 of the work of decoding.
 """
 
 import struct
