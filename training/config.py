@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ ARCHS = tuple(ARCHITECTURES)
 LOSSES = ("mse", "xent")
 PLATFORMS = ("cpu", "gpu", "tpu")
 PRECISIONS = ("f32", "bf16", "f64")
+MESH_AXES = ("data", "fsdp", "model")
 DATASETS = tuple(SPECS)
 
 
@@ -67,6 +69,8 @@ class TrainConfig:
     """Where the run leaves its files."""
     platform: Annotated[str | None, _flag(PLATFORMS, "the best that JAX finds")] = None
     """Where to compute."""
+    mesh: Annotated[str | None, _flag(("data=N,fsdp=N,model=N",), "all devices on data")] = None
+    """Shares batches over data and fsdp, parameters over fsdp, dense layers over model."""
     precision: Annotated[str, _flag(PRECISIONS)] = "f32"
     """Arithmetic of the network; bf16 keeps parameters, loss and optimiser in f32."""
 
@@ -83,6 +87,7 @@ class TrainConfig:
         _choose("--precision", self.precision, PRECISIONS)
         if self.platform is not None:
             _choose("--platform", self.platform, PLATFORMS)
+        _ = self.mesh_axes  # Checked here, and matched with the devices when they are known.
         for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -108,6 +113,30 @@ class TrainConfig:
             return spec
         shape = (self.image_size, self.image_size, spec.image_shape[2])
         return dataclasses.replace(spec, image_shape=shape)
+
+    @property
+    def mesh_axes(self) -> dict[str, int] | None:
+        """The sizes of the axes that ``--mesh`` names, in their order in :data:`MESH_AXES`.
+
+        Raises:
+          ConfigError: if it cannot be understood.
+        """
+        if self.mesh is None:
+            return None
+        found = re.findall(r"(?:^|,)(\w+)=([1-9]\d*)(?=,|$)", self.mesh)
+        sizes = {name: int(size) for name, size in found}
+        understood = ",".join(f"{name}={size}" for name, size in found) == self.mesh
+        if (
+            not sizes
+            or not understood
+            or len(sizes) < len(found)
+            or not set(sizes) <= set(MESH_AXES)
+        ):
+            raise ConfigError(
+                f"--mesh {self.mesh}: give sizes for some of {', '.join(MESH_AXES)}, each once, "
+                "as in data=4,model=2"
+            )
+        return {name: sizes[name] for name in MESH_AXES if name in sizes}
 
     def to_json(self) -> dict:
         """The fields as what JSON has: numbers, strings and null."""

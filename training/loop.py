@@ -124,7 +124,8 @@ def build_state(config: TrainConfig, mesh: Mesh) -> tuple[nnx.GraphDef, TrainSta
         )
 
     key = jax.random.key(config.seed)
-    return create_state(make_model, agd_jax.agd(config.gain), key, sharding.replicated(mesh))
+    shardings = functools.partial(sharding.of_state, mesh)
+    return create_state(make_model, agd_jax.agd(config.gain), key, shardings)
 
 
 def build_run(
@@ -143,6 +144,7 @@ def build_run(
         "test_bs": config.test_bs,
         "dtype": DTYPES[config.precision][1],
         "mesh": mesh,
+        "shardings": sharding.of_state(mesh, state),
     }
     if config.spec.streamed:
         train, test = open_streams(config, mesh, data)
@@ -246,7 +248,8 @@ def describe(
     pixels = " x ".join(map(str, config.spec.image_shape))
     batches = f"{train // config.train_bs:,} steps of {config.train_bs} pictures"
     return {
-        "devices": f"{size} x {device.platform} ({device.device_kind})",
+        "devices": f"{size} x {device.platform} ({device.device_kind})"
+        + (f", mesh {config.mesh}" if config.mesh else ""),
         "data": f"{config.dataset}, {train:,} training and {test:,} test pictures of {pixels}",
         "network": f"{config.arch}, {sum(p.size for p in leaves):,} parameters in "
         f"{len(leaves)} tensors",

@@ -39,6 +39,7 @@ class ResidentRun:
         test_bs: int,
         dtype: jax.typing.DTypeLike,
         mesh: Mesh,
+        shardings: TrainState,
         convolutional: bool,
     ):
         """Builds the programs; each compiles when first called.
@@ -53,6 +54,7 @@ class ResidentRun:
           test_bs: examples in a test batch.
           dtype: of the pictures that the network is given, and of the metrics.
           mesh: of the devices, which each hold the data, and share the examples of a batch.
+          shardings: of the state.
           convolutional: whether the network has convolutions.
         """
         self.steps_per_epoch = len(data.train.labels) // train_bs
@@ -96,8 +98,8 @@ class ResidentRun:
             )
 
         self._shuffle = jax.jit(shuffle, out_shardings=everywhere)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-        self._steps = jax.jit(steps, donate_argnums=0, out_shardings=everywhere)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        self._steps = jax.jit(steps, donate_argnums=0, out_shardings=(shardings, everywhere))
         self._score = jax.jit(score, out_shardings=everywhere)
         self._scores = jax.jit(scores, out_shardings=everywhere)
 

@@ -1,32 +1,73 @@
-"""Where arrays live: the mesh of devices, and what is split over it."""
+"""Where arrays live: the mesh of devices, and what is split over which of its axes.
+
+There is one mesh with three axes, any of which may have length 1:
+
+- ``data``: each row of devices takes its share of a batch;
+- ``fsdp``: the same, and holds only its share of every parameter (ZeRO-3, Rajbhandari et al.,
+  arXiv:1910.02054), which XLA gathers layer by layer where it is used;
+- ``model``: the products of the dense layers are shared (Shoeybi et al., arXiv:1909.08053).
+
+Everything else is a function of whole arrays: norms, G, eta and BatchNorm's averages are those of
+the whole, and it is XLA that inserts what has to be sent.
+"""
+
+import math
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from training.config import ConfigError, TrainConfig
+from training.config import MESH_AXES, ConfigError, TrainConfig
+from training.state import TrainState
+
+DATA, FSDP, MODEL = MESH_AXES
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """All devices of the platform on one axis, ``data``.
+def make_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that the config asks for; by default, all devices on ``data``.
+
+    Args:
+      config: resolved.
+      devices: to make it of; by default all of the platform.
 
     Raises:
-      ConfigError: if there is no such device, or a batch cannot be shared by all of them.
+      ConfigError: if there are no such devices or not as many, or they cannot share a batch.
     """
-    if config.platform:
+    if devices is None:
+        devices = _devices(config.platform)
+    sizes = dict.fromkeys(MESH_AXES, 1) | (config.mesh_axes or {DATA: len(devices)})
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"--mesh {config.mesh}: takes {math.prod(sizes.values())} devices; make the product of "
+            f"the sizes {len(devices)}, as many as there are"
+        )
+    for flag in ("train_bs", "test_bs"):
+        _check_divides(flag, getattr(config, flag), sizes[DATA] * sizes[FSDP])
+    shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(shape, MESH_AXES, axis_types, devices=devices)
+
+
+def _devices(platform: str | None) -> list[jax.Device]:
+    if platform:
         # JAX_PLATFORMS takes no "gpu": there are two kinds.
-        names = "cuda,rocm" if config.platform == "gpu" else config.platform
-        jax.config.update("jax_platforms", names)
+        jax.config.update("jax_platforms", "cuda,rocm" if platform == "gpu" else platform)
     try:
-        devices = jax.devices()
+        return jax.devices()
     except RuntimeError as error:
         raise ConfigError(
-            f"--platform {config.platform}: JAX finds no such device; leave the flag out, or "
+            f"--platform {platform}: JAX finds no such device; leave the flag out, or "
             f"install the JAX that has it ({str(error).splitlines()[0]})"
         ) from error
-    for flag in ("train_bs", "test_bs"):
-        _check_divides(flag, getattr(config, flag), len(devices))
-    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def _check_divides(flag: str, batch_size: int, shares: int) -> None:
+    if batch_size % shares:
+        below = batch_size // shares * shares
+        near = f"{below} or {below + shares}" if below else str(shares)
+        raise ConfigError(
+            f"--{flag} {batch_size}: not a multiple of the {shares} devices that share a batch; "
+            f"{near} would be"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -35,14 +76,47 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The first axis split over the devices that share a batch."""
+    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
-def _check_divides(flag: str, batch_size: int, devices: int) -> None:
-    if batch_size % devices:
-        below = batch_size // devices * devices
-        near = f"{below} or {below + devices}" if below else str(devices)
-        raise ConfigError(
-            f"--{flag} {batch_size}: not a multiple of the {devices} devices; {near} would be"
-        )
+def of_state(mesh: Mesh, state: TrainState) -> TrainState:
+    """How each array of a state is split: parameters by rule, all else on every device.
+
+    Args:
+      mesh: from :func:`make_mesh`.
+      state: its arrays, or their shapes.
+
+    Returns:
+      A tree of shardings.
+    """
+    leaves, structure = jax.tree.flatten(state.params)
+    dense, shardings = 0, []
+    for leaf in leaves:
+        shardings.append(NamedSharding(mesh, _partition(mesh, leaf.shape, dense)))
+        dense += len(leaf.shape) == 2
+    everywhere = replicated(mesh)
+    return TrainState(
+        step=everywhere,
+        params=jax.tree.unflatten(structure, shardings),
+        batch_stats=jax.tree.map(lambda _: everywhere, state.batch_stats),
+        opt_state=jax.tree.map(lambda _: everywhere, state.opt_state),
+    )
+
+
+def _partition(mesh: Mesh, shape: tuple[int, ...], dense: int) -> PartitionSpec:
+    """The axes of one parameter, before which there were so many dense layers."""
+    axes: list[str | None] = [None] * len(shape)
+
+    def place(name: str, candidates: Sequence[int]) -> None:
+        """Gives an axis of the mesh the first that it divides."""
+        size = mesh.shape[name]
+        fitting = (i for i in candidates if axes[i] is None and shape[i] % size == 0)
+        if size > 1 and (axis := next(fitting, None)) is not None:
+            axes[axis] = name
+
+    if len(shape) == 2:
+        # By turns the outputs and the inputs, so that what one layer leaves split the next takes.
+        place(MODEL, (1, 0) if dense % 2 == 0 else (0, 1))
+    place(FSDP, sorted(range(len(shape)), key=lambda i: shape[i], reverse=True))
+    return PartitionSpec(*axes)

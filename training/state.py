@@ -33,7 +33,7 @@ def create_state(
     make_model: Callable[[], nnx.Module],
     tx: optax.GradientTransformation,
     key: jax.Array,
-    sharding: jax.sharding.Sharding,
+    shardings: Callable[[TrainState], TrainState],
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Splits a network once, into its graph definition and the arrays of a fresh state.
 
@@ -41,7 +41,7 @@ def create_state(
       make_model: builds the network; its starting weights are replaced by orthogonal ones.
       tx: the optimiser.
       key: for the starting weights.
-      sharding: of every array of the state.
+      shardings: gives how each array of a state is to be split, from their shapes.
     """
 
     def init(key: jax.Array) -> TrainState:
@@ -50,4 +50,4 @@ def create_state(
         return TrainState(jnp.zeros([], jnp.int32), params, batch_stats, tx.init(params))
 
     graphdef, _, _ = nnx.split(nnx.eval_shape(make_model), nnx.Param, nnx.BatchStat)
-    return graphdef, jax.jit(init, out_shardings=sharding)(key)
+    return graphdef, jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key)))(key)

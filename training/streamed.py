@@ -40,6 +40,7 @@ class StreamedRun:
         test_bs: int,
         dtype: jax.typing.DTypeLike,
         mesh: Mesh,
+        shardings: TrainState,
     ):
         """Builds the programs; they compile in :meth:`compile`.
 
@@ -54,6 +55,7 @@ class StreamedRun:
           test_bs: examples in a test batch.
           dtype: of the pictures that the network is given, and of the metrics.
           mesh: of the devices, which share the examples of a batch.
+          shardings: of the state.
         """
         self.steps_per_epoch = sources[0].size // train_bs
         self._eval_steps = -(-sources[1].size // test_bs)
@@ -81,7 +83,7 @@ class StreamedRun:
         def score(state: TrainState, sums: Metrics, batch: Batch) -> Metrics:
             return metrics.add(sums, eval_step(state, prepared(batch)))
 
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
         self._score = jax.jit(score, out_shardings=everywhere)
 
     def compile(self, state: TrainState) -> TrainState:

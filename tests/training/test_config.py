@@ -28,6 +28,12 @@ from training.config import ConfigError, TrainConfig
             r"--image_size 64: is for imagenet and synthetic_imagenet, not for digits",
         ),
         ({"dataset": "mnist", "workers": 0}, r"--workers 0: is for imagenet and .*not for mnist"),
+        ({"mesh": "data"}, r"--mesh data: give sizes for some of data, fsdp, model"),
+        ({"mesh": "rows=2"}, r"--mesh rows=2: give sizes"),
+        ({"mesh": "data=2,data=2"}, r"--mesh data=2,data=2: give sizes for .* each once"),
+        ({"mesh": "data=0"}, r"--mesh data=0: give sizes"),
+        ({"mesh": "data=2;model=2"}, r"--mesh data=2;model=2: give sizes"),
+        ({"mesh": ""}, r"--mesh : give sizes"),
         ({"seed": 2**32}, r"--seed 4294967296: must be at least 0 and less than 2\*\*32"),
     ],
 )
@@ -47,6 +53,12 @@ def test_the_size_of_pictures_is_that_of_the_data_set_or_as_asked():
     assert TrainConfig(dataset="imagenet").spec.image_shape == (224, 224, 3)
     assert TrainConfig(dataset="imagenet", image_size=64).spec.image_shape == (64, 64, 3)
     assert TrainConfig().spec.image_shape == (8, 8, 1)
+
+
+def test_a_mesh_is_read_in_any_order():
+    assert TrainConfig(mesh="model=2,data=4").mesh_axes == {"data": 4, "model": 2}
+    assert TrainConfig(mesh="fsdp=16").mesh_axes == {"fsdp": 16}
+    assert TrainConfig().mesh_axes is None
 
 
 def test_json_has_every_field():

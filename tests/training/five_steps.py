@@ -1,0 +1,60 @@
+"""Five steps of a network on several meshes of eight virtual devices; prints what they measure.
+
+Run by ``test_sharding.py`` in a process of its own, which has the devices.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+
+from training import loop, sharding
+from training.config import TrainConfig
+
+STEPS = 5
+
+
+def five_steps(config, devices):
+    with jax.enable_x64(config.precision == "f64"):
+        mesh = sharding.make_mesh(config, devices)
+        data = loop.load_data(config)
+        graphdef, state = loop.build_state(config, mesh)
+        starting_weights = [np.asarray(p) for p in jax.tree.leaves(state.params)]
+        run = loop.build_run(config, mesh, data, graphdef, state)
+        state, measured = run.train(state, run.no_metrics(), STEPS)
+        assert state.step == STEPS
+        expected = sharding.of_state(mesh, state)
+        kept = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), state, expected)
+        assert all(jax.tree.leaves(kept))
+        tested = run.evaluate(state)
+        params = jax.tree.leaves(state.params)
+        # What is measured last depends on every step before.
+        return {
+            "loss": float(measured.sums.loss),
+            "test_loss": float(tested.loss),
+            "eta": float(measured.eta),
+            "gradient_summary": float(measured.gradient_summary),
+            "start": [float(np.linalg.norm(p)) for p in starting_weights],
+            "start_entries": [float(p.ravel()[-1]) for p in starting_weights],
+            "params": [float(np.linalg.norm(p)) for p in params],
+            "batch_stats": [float(np.sum(s)) for s in jax.tree.leaves(state.batch_stats)],
+            "split": sum(not p.sharding.is_fully_replicated for p in params),
+            "bytes": sum(p.addressable_shards[0].data.nbytes for p in params),
+        }
+
+
+def main(arch, precision, *meshes):
+    if arch == "resnet18":
+        loop.models.create = functools.partial(loop.models.create, width=8)
+    fields = {"arch": arch, "precision": precision, "depth": 5, "width": 32, "test_bs": 40}
+    results = []
+    for mesh in meshes:
+        config = TrainConfig(**fields, train_bs=64, mesh=None if mesh == "one" else mesh).resolved()
+        results.append(five_steps(config, jax.devices()[: 1 if mesh == "one" else None]))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,98 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from training import sharding
+from training.config import ConfigError, TrainConfig
+
+MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,model=2", "data=4,model=2")
+TOLERANCE = {"f32": 1e-5, "f64": 1e-10}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision"),
+    [
+        ("fcn", "f64"),
+        pytest.param("fcn", "f32", marks=pytest.mark.slow),
+        pytest.param("resnet18", "f64", marks=pytest.mark.slow),
+        pytest.param("resnet18", "f32", marks=pytest.mark.slow),
+    ],
+)
+def test_training_is_the_same_on_every_mesh(arch, precision):
+    command = [sys.executable, "-m", "tests.training.five_steps", arch, precision, "one", *MESHES]
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    one, *others = json.loads(run.stdout.splitlines()[-1])
+    assert one["split"] == 0
+    tolerance = TOLERANCE[precision]
+    for mesh, other in zip(MESHES, others, strict=True):
+        assert other["start_entries"] == pytest.approx(one["start_entries"], rel=1e-5), mesh
+        for name in ("loss", "test_loss", "eta", "gradient_summary", "start", "params"):
+            assert other[name] == pytest.approx(one[name], rel=tolerance), (mesh, name)
+        stats = pytest.approx(one["batch_stats"], rel=10 * tolerance, abs=10 * tolerance)
+        assert other["batch_stats"] == stats, mesh
+        if "fsdp" in mesh or ("model" in mesh and arch == "fcn"):
+            assert other["split"] > 0, mesh
+    fsdp = others[MESHES.index("fsdp=8")]
+    assert fsdp["bytes"] < 0.2 * one["bytes"]
+
+
+def mesh_of(**sizes):
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "dense", "expected"),
+    [
+        # ZeRO-3: the largest axis that can be divided.
+        ({"fsdp": 8}, (64, 256), 0, (None, "fsdp")),
+        ({"fsdp": 8}, (3, 3, 64, 32), 0, (None, None, "fsdp", None)),
+        ({"fsdp": 8}, (3, 3, 3, 16), 0, (None, None, None, "fsdp")),
+        ({"fsdp": 8}, (256, 10), 1, ("fsdp", None)),
+        ({"fsdp": 8}, (3, 3, 3, 6), 0, (None, None, None, None)),
+        # Dense layers by turns: outputs, then inputs.
+        ({"model": 2}, (64, 256), 0, (None, "model")),
+        ({"model": 2}, (256, 256), 1, ("model", None)),
+        ({"model": 4}, (256, 10), 2, ("model", None)),
+        ({"model": 2}, (3, 3, 64, 32), 0, (None, None, None, None)),
+        ({"fsdp": 2, "model": 2}, (64, 256), 0, ("fsdp", "model")),
+        ({"fsdp": 2, "model": 2}, (256, 10), 1, ("model", "fsdp")),
+        ({"data": 8}, (64, 256), 0, (None, None)),
+    ],
+)
+def test_the_rule_by_which_a_parameter_is_split(sizes, shape, dense, expected):
+    mesh = mesh_of(**({"data": 1, "fsdp": 1, "model": 1} | sizes))
+    assert sharding._partition(mesh, shape, dense) == PartitionSpec(*expected)
+
+
+def test_by_default_all_devices_are_on_data():
+    mesh = sharding.make_mesh(TrainConfig().resolved(), jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "model": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mesh": "data=4"}, "--mesh data=4: takes 4 devices; make the product of the sizes 8"),
+        ({"train_bs": 100}, "--train_bs 100: not a multiple of the 8 devices .* 96 or 104"),
+        ({"train_bs": 3}, "--train_bs 3: .*; 8 would be"),
+        (
+            {"mesh": "fsdp=2,model=4", "test_bs": 7},
+            "--test_bs 7: not a multiple of the 2 .* 6 or 8",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_said(fields, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        sharding.make_mesh(TrainConfig(**fields).resolved(), [None] * 8)
