@@ -71,6 +71,14 @@ class TrainConfig:
     """Where to compute."""
     mesh: Annotated[str | None, _flag(("data=N,fsdp=N,model=N",), "all devices on data")] = None
     """Shares batches over data and fsdp, parameters over fsdp, dense layers over model."""
+    distribute: bool = False
+    """One of several processes; SLURM, Open MPI, TPU pods and GKE tell which by themselves."""
+    coordinator: Annotated[str | None, _flag(("HOST:PORT",), "found by --distribute")] = None
+    """Where the processes meet: an address of process 0."""
+    num_processes: Annotated[int | None, _flag(("INT",), "found by --distribute")] = None
+    """How many there are."""
+    process_id: Annotated[int | None, _flag(("INT",), "found by --distribute")] = None
+    """Which this is, the first being 0."""
     precision: Annotated[str, _flag(PRECISIONS)] = "f32"
     """Arithmetic of the network; bf16 keeps parameters, loss and optimiser in f32."""
 
@@ -82,7 +90,11 @@ class TrainConfig:
         """
         _choose("--arch", self.arch, ARCHS)
         _choose("--dataset", self.dataset, DATASETS)
-        config = dataclasses.replace(self, loss=self.loss or SPECS[self.dataset].loss)
+        config = dataclasses.replace(
+            self,
+            loss=self.loss or SPECS[self.dataset].loss,
+            distribute=self.distribute or self.coordinator is not None,
+        )
         _choose("--loss", config.loss, LOSSES)
         _choose("--precision", self.precision, PRECISIONS)
         if self.platform is not None:
@@ -99,6 +111,16 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{name} {getattr(self, name)}: is for {streamed}, not for {self.dataset}"
                 )
+        given = (self.coordinator, self.num_processes, self.process_id)
+        if any(x is not None for x in given) and None in given:
+            raise ConfigError(
+                "--coordinator, --num_processes and --process_id: give all three of them, or none"
+            )
+        if self.num_processes is not None and not 0 <= self.process_id < self.num_processes:
+            raise ConfigError(
+                f"--process_id {self.process_id}: must be at least 0 and less than --num_processes "
+                f"{self.num_processes}"
+            )
         if not 0 < self.gain < math.inf:
             raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
         if not 0 <= self.seed < 2**32:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ import models
 from input_pipeline import sources
 from input_pipeline.imagenet import Sources
 from input_pipeline.sources import Arrays
-from training import metrics, sharding, step, workdir
+from training import metrics, processes, sharding, step, workdir
 from training.config import ConfigError, TrainConfig
 from training.losses import LOSSES
-from training.reporting import Reporter
+from training.reporting import Reporter, SilentReporter
 from training.resident import ResidentRun
 from training.state import TrainState, create_state
 from training.streamed import StreamedRun
@@ -35,6 +36,9 @@ DTYPES = {
 # A dispatch takes about as many steps as fit in this: few enough for a live bar, enough for
 # the cost of a dispatch not to matter.
 DISPATCH_SECONDS = 0.25
+
+# Several processes must dispatch the same steps, and so cannot go by their clocks.
+DISPATCHES_PER_EPOCH = 20
 
 
 class NonFiniteLossError(Exception):
@@ -67,14 +71,17 @@ def train(config: TrainConfig) -> Result:
       NonFiniteLossError: if the loss stops being finite.
     """
     config = config.resolved()
-    folder = workdir.choose(config)
+    sharding.use_platform(config.platform)
+    processes.initialize(config)
+    folder = Path(processes.decide(lambda: os.fspath(workdir.choose(config))))
+    reporter_class = Reporter if processes.first() else SilentReporter
     with jax.enable_x64(config.precision == "f64"):
         mesh = sharding.make_mesh(config)
         data = load_data(config)
         check_batch_fits(config, data)
         graphdef, state = build_state(config, mesh)
         with (
-            Reporter(config, folder, describe(config, mesh, data, state)) as reporter,
+            reporter_class(config, folder, describe(config, mesh, data, state)) as reporter,
             contextlib.closing(build_run(config, mesh, data, graphdef, state)) as run,
         ):
             start = time.perf_counter()
@@ -203,6 +210,8 @@ def train_epoch(
     start = time.perf_counter()
     stop, last = (epoch - 1) * run.steps_per_epoch, epoch * run.steps_per_epoch
     sums, steps = run.no_metrics(), 1
+    if jax.process_count() > 1:
+        steps = -(-run.steps_per_epoch // DISPATCHES_PER_EPOCH)
     while stop < last:
         stop = min(stop + steps, last)
         before, (state, sums) = sums, run.train(state, sums, stop)
@@ -211,7 +220,8 @@ def train_epoch(
         if not math.isfinite(seen.sums.loss):
             break
         if seen.steps:
-            steps = max(1, int(seen.steps * DISPATCH_SECONDS / seconds))
+            if jax.process_count() == 1:
+                steps = max(1, int(seen.steps * DISPATCH_SECONDS / seconds))
             speed = {"images_per_second": float(seen.sums.examples) / seconds}
             done = float(seen.steps) / run.steps_per_epoch
             reporter.progress(epoch, done, metrics.train_averages(seen) | speed)
@@ -249,6 +259,7 @@ def describe(
     batches = f"{train // config.train_bs:,} steps of {config.train_bs} pictures"
     return {
         "devices": f"{size} x {device.platform} ({device.device_kind})"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f", mesh {config.mesh}" if config.mesh else ""),
         "data": f"{config.dataset}, {train:,} training and {test:,} test pictures of {pixels}",
         "network": f"{config.arch}, {sum(p.size for p in leaves):,} parameters in "

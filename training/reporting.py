@@ -81,6 +81,29 @@ class Reporter:
         self._console.epoch(record)
 
 
+class SilentReporter:
+    """Keeps the records, for the processes that another one speaks for."""
+
+    def __init__(self, config: TrainConfig, workdir: Path, facts: dict[str, str]):
+        self.records: list[dict] = []
+
+    def __enter__(self) -> "SilentReporter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        pass
+
+    def begin(self, compile_seconds: float) -> None:
+        """Says nothing."""
+
+    def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
+        """Says nothing."""
+
+    def epoch(self, record: dict) -> None:
+        """Keeps the record of an epoch."""
+        self.records.append(record)
+
+
 class CurvesDrawer:
     """Draws in a thread, so that no device waits for a picture.
 

@@ -60,7 +60,9 @@ class ResidentRun:
         self.steps_per_epoch = len(data.train.labels) // train_bs
         self._eval_steps = -(-len(data.test.labels) // test_bs)
         everywhere, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
-        self._data = jax.device_put(data, everywhere)
+        # Each process has all of the data, and gives its own devices what they are to hold.
+        place = lambda x: jax.make_array_from_process_local_data(everywhere, x, x.shape)
+        self._data = jax.tree.map(place, data)
         self._no_metrics = jax.device_put(metrics.no_train_metrics(dtype), everywhere)
         self._no_eval_metrics = jax.device_put(metrics.no_metrics(dtype), everywhere)
         self._shuffle_key, self._augment_key = jax.random.split(key)

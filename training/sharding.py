@@ -47,10 +47,14 @@ def make_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) 
     return jax.make_mesh(shape, MESH_AXES, axis_types, devices=devices)
 
 
-def _devices(platform: str | None) -> list[jax.Device]:
+def use_platform(platform: str | None) -> None:
+    """Makes a kind of device the one that JAX uses; to be called before it looks for any."""
     if platform:
         # JAX_PLATFORMS takes no "gpu": there are two kinds.
         jax.config.update("jax_platforms", "cuda,rocm" if platform == "gpu" else platform)
+
+
+def _devices(platform: str | None) -> list[jax.Device]:
     try:
         return jax.devices()
     except RuntimeError as error:

@@ -34,6 +34,11 @@ from training.config import ConfigError, TrainConfig
         ({"mesh": "data=0"}, r"--mesh data=0: give sizes"),
         ({"mesh": "data=2;model=2"}, r"--mesh data=2;model=2: give sizes"),
         ({"mesh": ""}, r"--mesh : give sizes"),
+        ({"process_id": 1}, r"--coordinator, --num_processes and --process_id: give all three"),
+        (
+            {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
+            r"--process_id 2: must be at least 0 and less than --num_processes 2",
+        ),
         ({"seed": 2**32}, r"--seed 4294967296: must be at least 0 and less than 2\*\*32"),
     ],
 )

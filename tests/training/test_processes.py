@@ -1,0 +1,114 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pictures import write_tree
+from training import processes
+from training.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "--platform cpu --epochs 2 --depth 3 --width 32 --train_bs 16 --test_bs 8"
+
+
+def start(devices, *flags):
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, ROOT / "train.py", *FLAGS.split(), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, **pipes)
+
+
+def finish(process):
+    try:
+        return *process.communicate(timeout=120), process.returncode
+    finally:
+        process.kill()
+
+
+def start_two(*flags):
+    """Two processes of four devices each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    meet = lambda i: ("--coordinator", address, "--num_processes", 2, "--process_id", i)
+    return [start(4, *flags, *meet(i)) for i in range(2)]
+
+
+def run_two(*flags):
+    """What each of the two wrote, and its exit code."""
+    return [finish(process) for process in start_two(*flags)]
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--dataset", "imagenet", "--image_size", 16, "--workers", 1),
+        pytest.param(("--mesh", "data=2,fsdp=4"), marks=pytest.mark.slow),
+    ],
+    ids=["streamed", "resident"],
+)
+def test_two_processes_train_as_one_does(tmp_path, flags):
+    if "imagenet" in flags:
+        flags += ("--data_dir", write_tree(tmp_path / "imagenet", train=40, test=11))
+    (out, err, code), (other_out, other_err, other_code) = run_two(
+        *flags, "--workdir", tmp_path / "two"
+    )
+    assert (code, other_code) == (0, 0), err + other_err
+    assert "devices   8 x cpu (cpu) of 2 processes" in out
+    # Gloo announces its connections from C++; nothing else comes from the second process.
+    assert all(line.startswith("[Gloo]") for line in other_out.splitlines())
+    assert {p.name.split(".")[0] for p in (tmp_path / "two").iterdir()} == {
+        "config",
+        "metrics",
+        "curves",
+        "events",
+    }
+
+    *_, code = finish(start(8, *flags, "--workdir", tmp_path / "one"))
+    assert code == 0
+    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        for name in ("train_loss", "test_loss", "eta", "gradient_summary"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+        assert two["test_accuracy"] == one["test_accuracy"]
+
+
+def test_what_the_first_process_refuses_ends_all(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for _, err, code in run_two("--workdir", tmp_path):
+        assert code == 2
+        assert f"error: --workdir {tmp_path}: holds an earlier run" in err
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others_with_its_number(tmp_path):
+    first, second = start_two("--workdir", tmp_path / "run", "--epochs", 100_000)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    second.kill()
+    killed = time.monotonic()
+    _, err, code = finish(first)
+    finish(second)
+    assert time.monotonic() - killed < 60
+    assert code != 0
+    assert "unhealthy (stopped sending heartbeats):\n1\n" in err
+
+
+def test_one_process_decides_for_itself():
+    assert processes.decide(lambda: "here") == "here"
+
+    def refuse():
+        raise ConfigError("no")
+
+    with pytest.raises(ConfigError, match="no"):
+        processes.decide(refuse)
