@@ -1,0 +1,147 @@
+"""What a training step sends between devices, read from the program that XLA compiles.
+
+    python benchmarks/scaling.py
+
+compiles a step of ResNet-50 for 1, 8, 64 and 256 virtual devices of a CPU, on the axes ``data`` and
+``fsdp``, runs nothing, and counts the collectives of each step and the bytes of their results; then
+the same with plain gradient descent in the place of AGD, which shows what AGD adds.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "s64": 8, "u8": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Counts the collectives of a training step."""
+
+    arch: str = "resnet50"
+    """The network."""
+    image_size: int = 224
+    """Side of its pictures."""
+    batch: int = 32
+    """Pictures on each device."""
+    devices: tuple[int, ...] = (1, 8, 64, 256)
+    """How many devices."""
+    axes: tuple[str, ...] = ("data", "fsdp")
+    """Which axis of the mesh they are on."""
+
+
+def main(options: Options) -> None:
+    """Prints the table of ``benchmarks/scaling.md``."""
+    print("devices  axis  optimiser  collective          count       MB")
+    for devices in options.devices:
+        for axis in options.axes if devices > 1 else ("data",):
+            for optimiser in ("agd", "sgd"):
+                found = in_new_process(options, f"{axis}={devices}", devices, optimiser)
+                for name, (count, size) in found.items() or {"none": (0, 0)}.items():
+                    row = f"{devices:7d}  {axis:4s}  {optimiser:9s}  {name:18s}"
+                    print(f"{row}  {count:5d}  {size / 1e6:7.3f}", flush=True)
+
+
+def in_new_process(
+    options: Options, mesh: str, devices: int, optimiser: str
+) -> dict[str, tuple[int, int]]:
+    """:func:`collectives_of_step` where there are so many devices, which are fixed at the start."""
+    arguments = (options.arch, options.image_size, options.batch * devices, mesh, optimiser)
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, __file__, "--step", json.dumps(arguments)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def collectives_of_step(
+    arch: str, image_size: int, batch_size: int, mesh: str, optimiser: str
+) -> dict[str, tuple[int, int]]:
+    """Compiles a training step and counts what it sends.
+
+    Returns:
+      For each kind of collective, how many there are and the bytes of their results on a device.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import agd_jax
+    from input_pipeline.batch import Batch
+    from training import loop, sharding
+    from training.config import TrainConfig
+    from training.losses import LOSSES
+    from training.step import train_step
+
+    config = TrainConfig(
+        arch=arch,
+        dataset="imagenet",
+        image_size=image_size,
+        train_bs=batch_size,
+        test_bs=batch_size,
+        mesh=mesh,
+    ).resolved()
+    devices = sharding.make_mesh(config)
+
+    def sgd_like_agd():
+        """Plain gradient descent, with a state of AGD's form for the step to read."""
+        tx, state = optax.sgd(0.1), agd_jax.agd().init({})
+        update = lambda grads, _, params: (tx.update(grads, tx.init(params))[0], state)
+        return optax.GradientTransformation(lambda params: state, update)
+
+    tx = agd_jax.agd() if optimiser == "agd" else sgd_like_agd()
+    graphdefs = []
+
+    def make_state():
+        graphdef, state = loop.build_state(config, devices)
+        graphdefs.append(graphdef)
+        return state
+
+    state = jax.eval_shape(make_state)
+    state_shardings = sharding.of_state(devices, state)
+    as_split = lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+    state = jax.tree.map(as_split, state, state_shardings)
+    like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(devices))
+    batch = Batch(
+        like((batch_size, image_size, image_size, 3), jnp.float32),
+        like((batch_size,), jnp.int32),
+        like((batch_size,), jnp.float32),
+    )
+    step = functools.partial(train_step, graphdefs[0], tx, LOSSES["xent"])
+    out = (state_shardings, sharding.replicated(devices))
+    program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+    return count_collectives(program.as_text())
+
+
+def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """Counts the collectives in the text of a compiled program, and the bytes they result in."""
+    counts, sizes = defaultdict(int), defaultdict(int)
+    pattern = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+    for result, name in pattern.findall(hlo):
+        counts[name] += 1
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            sizes[name] += BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
+    return {name: (counts[name], sizes[name]) for name in counts}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--step"]:
+        print(json.dumps(collectives_of_step(*json.loads(sys.argv[2]))))
+    else:
+        main(tyro.cli(Options, use_underscores=True))
