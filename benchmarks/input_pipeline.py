@@ -64,6 +64,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Prints the tables of ``benchmarks/RESULTS.md``."""
+    if options.workers < 1 or options.pictures < options.batch_size:
+        sys.exit("error: --workers must be at least 1, and --pictures at least --batch_size")
     source = imagenet.find(SPEC, options.data_dir).train
     kilobytes, pixels = mean_kilobytes(source), mean_pixels(source)
     print(f"{source.size} pictures of {kilobytes:.0f} kB and {pixels:,.0f} pixels")

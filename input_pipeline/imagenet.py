@@ -1,6 +1,7 @@
 """Where ImageNet is: TFDS's ArrayRecord files, or a tree of JPEGs with a folder for each class."""
 
 import os
+import shlex
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -47,16 +48,23 @@ class ArrayRecordSource:
         import tensorflow_datasets as tfds
 
         undecoded = {"image": tfds.decode.SkipDecoding()}
+        self._split = split
         self._records = builder.as_data_source(split, decoders=undecoded)
         self.size = len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._records[index]
+        try:
+            example = self._records[index]
+        except RuntimeError as error:  # ArrayRecord's, where a checksum is wrong.
+            raise OSError(str(error)) from error
         return Record(example["image"], int(example["label"]))
 
     def name(self, index: int) -> str:
         """The name of the file that the record was made from."""
-        return self._records[index]["file_name"].decode()
+        try:
+            return self._records[index]["file_name"].decode()
+        except RuntimeError:
+            return f"record {index} of {self._split}"
 
 
 class FolderSource:
@@ -65,28 +73,21 @@ class FolderSource:
     A million and more names are kept as one array of bytes, which costs little to send.
     """
 
-    def __init__(self, root, classes: dict[str, int]):
-        """Lists the pictures.
+    def __init__(self, root, pictures: dict[str, list[str]], classes: dict[str, int]):
+        """Keeps the names.
 
         Args:
           root: the split's folder, a path that may be in a cloud.
-          classes: the label of each folder in it.
+          pictures: the names of the files in each of its folders.
+          classes: the label of each folder.
         """
         self._root = root
-        self._folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-        names, folders = [], []
-        for number, folder in enumerate(self._folders):
-            found = [
-                path.name
-                for path in (root / folder).iterdir()
-                if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-            ]
-            names += sorted(found)
-            folders += [number] * len(found)
-        self._names = np.array([os.fsencode(name) for name in names])
-        self._folder = np.array(folders, np.int32)
+        self._folders = list(pictures)
+        sizes = [len(names) for names in pictures.values()]
+        self._names = np.array([os.fsencode(n) for names in pictures.values() for n in names])
+        self._folder = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self._labels = np.array([classes[folder] for folder in self._folders], np.int32)
-        self.size = len(names)
+        self.size = len(self._names)
 
     def __getitem__(self, index: int) -> Record:
         return Record(self._path(index).read_bytes(), int(self._labels[self._folder[index]]))
@@ -139,7 +140,7 @@ def _prepared(spec: DatasetSpec, root) -> Sources:
         raise DataError(
             f"--data_dir {root}: {spec.tfds_name} is there as {' and '.join(formats)}, which only "
             "TensorFlow reads; where that is installed, run `tfds convert_format "
-            f"--dataset_version_dir={folder} --out_file_format=array_record`"
+            f"--dataset_version_dir={shlex.quote(folder)} --out_file_format=array_record`"
         )
     splits = [split for split in ("train", "validation") if split in builder.info.splits]
     if len(splits) < 2:
@@ -147,37 +148,53 @@ def _prepared(spec: DatasetSpec, root) -> Sources:
             f"--data_dir {root}: {spec.tfds_name} has no splits train and validation, only "
             f"{', '.join(builder.info.splits)}"
         )
-    return Sources(*(ArrayRecordSource(builder, split) for split in splits))
+    sources = Sources(*(ArrayRecordSource(builder, split) for split in splits))
+    present = {path.name for path in type(root)(folder).iterdir()}
+    shards = [name for split in splits for name in builder.info.splits[split].filenames]
+    if missing := [name for name in shards if name not in present]:
+        raise DataError(
+            f"--data_dir {root}: {len(missing)} of {len(shards)} files of {spec.tfds_name} are "
+            f"missing, such as {missing[0]}"
+        )
+    return sources
 
 
 def _folders(spec: DatasetSpec, root) -> Sources:
-    classes = _labels(spec, root)
-    sources = []
-    for split in ("train", "val"):
-        source = FolderSource(root / split, classes)
-        if not source.size:
+    splits = {split: _pictures(root / split) for split in ("train", "val")}
+    for split, pictures in splits.items():
+        if not pictures:
             raise DataError(
                 f"--data_dir {root}: {split} has no folders of pictures, one for each class"
             )
-        sources.append(source)
-    return Sources(*sources)
+    classes = _labels(spec, root, set().union(*splits.values()))
+    return Sources(*(FolderSource(root / s, pictures, classes) for s, pictures in splits.items()))
 
 
-def _labels(spec: DatasetSpec, root) -> dict[str, int]:
+def _pictures(folder) -> dict[str, list[str]]:
+    """The names of the pictures in each folder that has some, all in order."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            names = (p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if names := sorted(name for name in names if not name.startswith(".")):
+                found[path.name] = names
+    return found
+
+
+def _labels(spec: DatasetSpec, root, folders: set[str]) -> dict[str, int]:
     """The label of each folder: its place among ImageNet's synsets, else among the folders."""
     import tensorflow_datasets as tfds
 
-    folders = {
-        path.name
-        for split in ("train", "val")
-        for path in (root / split).iterdir()
-        if path.is_dir()
-    }
     synsets = tfds.builder(spec.tfds_name).info.features["label"].names
-    names = synsets if folders <= set(synsets) else sorted(folders)
-    if len(names) > spec.num_classes:
+    others = sorted(folders.difference(synsets))
+    if others and len(others) < len(folders):
         raise DataError(
-            f"--data_dir {root}: has {len(names)} classes, more than the {spec.num_classes} of "
+            f"--data_dir {root}: has folders of ImageNet's classes, and beside them "
+            f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}; move these away"
+        )
+    if len(others) > spec.num_classes:
+        raise DataError(
+            f"--data_dir {root}: has {len(others)} classes, more than the {spec.num_classes} of "
             f"{spec.name}"
         )
-    return {name: label for label, name in enumerate(names)}
+    return {name: label for label, name in enumerate(others or synsets)}

@@ -137,7 +137,7 @@ def _baseline_header(data: bytes) -> _Header | None:
     """The header of a grey or YCbCr JPEG coded from top to bottom in one go, else None.
 
     Raises:
-      UnreadableError: if such a JPEG has no end, or claims to be larger than any picture.
+      UnreadableError: if such a JPEG has no end, or any claims to be larger than any picture.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -145,18 +145,18 @@ def _baseline_header(data: bytes) -> _Header | None:
     try:
         # Segments are a marker, a length and as many bytes, until the frame header.
         while not 0xC0 <= (marker := data[offset + 1]) <= 0xCF or marker in (0xC4, 0xC8, 0xCC):
-            if data[offset] != 0xFF:
-                return None
             offset += 2 + int.from_bytes(data[offset + 2 : offset + 4])
+        if data[offset] != 0xFF:
+            return None
         height, width, components = struct.unpack_from(">HHB", data, offset + 5)
     except (IndexError, struct.error):
         return None
-    if marker not in (0xC0, 0xC1) or components not in (1, 3) or not height * width:
-        return None
     if height * width > MAX_PIXELS:
         raise UnreadableError(f"claims to have {width} x {height} pixels")
+    if marker not in (0xC0, 0xC1) or components not in (1, 3) or not height * width:
+        return None
     # A decoder would fill what is missing with grey and say nothing.
-    if data.rfind(b"\xff\xd9", offset) < 0:
+    if data.rfind(b"\xff\xd9", max(offset, data.rfind(b"\xff\xda"))) < 0:
         raise UnreadableError("is cut off: it has no end-of-image marker")
     return _Header(height, width, offset + 5)
 

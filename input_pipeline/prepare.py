@@ -25,12 +25,15 @@ from tyro.conf import Positional
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS, DatasetSpec
 
+log = logging.getLogger(__name__)
+
 PROBE_SECONDS = 6.0
 
 IMAGENET_TARS = IMAGENET_TRAIN, IMAGENET_VALIDATION = (
     "ILSVRC2012_img_train.tar",
     "ILSVRC2012_img_val.tar",
 )
+IMAGENET_SIZES = {"train": 1_281_167, "validation": 50_000}
 
 # (key, example) pairs, as TFDS builders generate them.
 Examples = Iterator[tuple[int, dict]]
@@ -84,9 +87,14 @@ def prepared_builder(spec: DatasetSpec, data_dir, splits: dict[str, Examples] | 
             builder._split_generators = lambda _: splits
         try:
             builder.download_and_prepare()
-        except (OSError, tarfile.TarError, DownloadError, NonMatchingChecksumError) as error:
+        except (
+            *(OSError, tarfile.TarError, DownloadError, NonMatchingChecksumError),
+            # What TFDS and the readers have for files that are not what they should be.
+            *(AssertionError, LookupError, RuntimeError, ValueError),
+        ) as error:
+            reason = " ".join(str(error).split())
             raise DataError(
-                f"--data_dir {data_dir}: cannot prepare {spec.name} there: {error}"
+                f"--data_dir {data_dir}: cannot prepare {spec.name} there: {reason}"
             ) from error
     return builder
 
@@ -97,13 +105,21 @@ def prepare_imagenet(tars: Path | None, data_dir) -> None:
     Raises:
       DataError: if an archive is missing or damaged, or the folder cannot be written.
     """
+    spec = SPECS["imagenet"]
+    if builder_of(spec, data_dir).is_prepared():
+        return
     missing = [n for n in IMAGENET_TARS if tars is None or not (tars / n).is_file()]
     if missing:
         raise DataError(
             f"--tars {tars}: has no {' and no '.join(missing)}; download what is missing from "
             "image-net.org and give its folder"
         )
-    prepared_builder(SPECS["imagenet"], data_dir, _imagenet(tars))
+    builder = prepared_builder(spec, data_dir, _imagenet(tars))
+    for split, expected in IMAGENET_SIZES.items():
+        if (found := builder.info.splits[split].num_examples) != expected:
+            log.warning(
+                "%s has %s pictures, and not %s; was an archive cut off?", split, found, expected
+            )
 
 
 def builder_of(spec: DatasetSpec, data_dir):

@@ -60,7 +60,8 @@ class TrainConfig:
     image_size: Annotated[int | None, _flag(("PIXELS",), "224")] = None
     """Side of imagenet's pictures as the network sees them."""
     workers: Annotated[int | None, _flag(("INT",), "one for each core but one")] = None
-    """Processes that decode imagenet's pictures; 0 decodes in threads."""
+    """Processes that decode imagenet's training pictures, and as many that wait to decode its
+    test pictures; 0 decodes in threads."""
     data_dir: Annotated[
         str | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
     ] = None

@@ -232,8 +232,8 @@ def train_epoch(
             f"the loss was {sums.sums.loss} at step {bad_step} (epoch {epoch})"
         )
 
-    tested = metrics.averages(jax.device_get(run.evaluate(state)))
-    trained = metrics.train_averages(sums)
+    test_sums = jax.device_get(run.evaluate(state))
+    trained, tested = metrics.train_averages(sums), metrics.averages(test_sums)
     return state, {
         "epoch": epoch,
         "step": last,
@@ -244,7 +244,7 @@ def train_epoch(
         **trained,
         "seconds": seconds,
         "images_per_second": float(sums.sums.examples) / seconds,
-        **run.counts(),
+        **run.counts(sums.sums, test_sums),
     }
 
 

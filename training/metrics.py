@@ -1,5 +1,6 @@
 """What training measures: sums that stay on the device and are fetched rarely."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -81,8 +82,9 @@ def add_train(a: TrainMetrics, b: TrainMetrics) -> TrainMetrics:
 
 
 def averages(metrics: Metrics) -> dict[str, float]:
-    """Mean loss and accuracy (0 to 1), on the host."""
+    """Mean loss and accuracy (0 to 1), on the host; not a number if there was no example."""
     examples, loss, correct = map(float, metrics)
+    examples = examples or math.nan
     return {"loss": loss / examples, "accuracy": correct / examples}
 
 

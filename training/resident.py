@@ -156,7 +156,7 @@ class ResidentRun:
     def restore(self, position: dict, step: int) -> None:
         """There is nothing to do."""
 
-    def counts(self) -> dict[str, int]:
+    def counts(self, trained: Metrics, tested: Metrics) -> dict[str, int]:
         """Nothing that an epoch's record would have to add."""
         return {}
 

@@ -1,10 +1,12 @@
 """A run whose data come from the host: one dispatch a step, the next batch already there."""
 
+from __future__ import annotations
+
 import gc
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,9 @@ from input_pipeline.specs import DatasetSpec
 from training import metrics, sharding
 from training.metrics import Metrics, TrainMetrics
 from training.state import TrainState
+
+if TYPE_CHECKING:
+    import grain
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +72,6 @@ class StreamedRun:
         self._no_metrics = jax.device_put(metrics.no_train_metrics(dtype), everywhere)
         self._no_eval_metrics = jax.device_put(metrics.no_metrics(dtype), everywhere)
         self._steps_taken = 0
-        self._unreadable_count = 0
         self._reported: set[str] = set()
 
         def prepared(batch: Batch) -> Batch:
@@ -134,10 +138,10 @@ class StreamedRun:
         self._train.set_state(position)
         self._steps_taken = step
 
-    def counts(self) -> dict[str, int]:
-        """How many pictures could not be read since this was last asked."""
-        count, self._unreadable_count = self._unreadable_count, 0
-        return {"unreadable": count}
+    def counts(self, trained: Metrics, tested: Metrics) -> dict[str, int]:
+        """How many pictures of an epoch and its test could not be read, by any process."""
+        expected = self.steps_per_epoch * self._batch_sizes[0] + self._sources[1].size
+        return {"unreadable": round(expected - float(trained.examples) - float(tested.examples))}
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -155,7 +159,6 @@ class StreamedRun:
 
     def _report(self, source: Source, unreadable: np.ndarray) -> None:
         """Names each picture that could not be read, once."""
-        self._unreadable_count += len(unreadable)
         for name in sorted({source.name(int(index)) for index in unreadable} - self._reported):
             log.warning("left out, as it cannot be read: %s", name)
             self._reported.add(name)

@@ -53,6 +53,9 @@ def test_a_folder_tree(tmp_path):
     root = write_tree(tmp_path, train=7, test=4)
     (root / "train" / SYNSETS[0] / ".DS_Store").write_bytes(b"")
     (root / "train" / "notes.txt").write_text("")
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / ".ipynb_checkpoints" / "a.JPEG").write_bytes(b"")
+    (root / "val" / "lost+found").mkdir()
     train, test = imagenet.find(SPEC, root)
     assert (train.size, test.size) == (7, 4)
     for source in (train, test):
@@ -67,6 +70,34 @@ def test_folders_that_are_not_of_imagenet_are_numbered_in_order(tmp_path):
     train, test = imagenet.find(SPEC, root)
     assert [train[i].label for i in range(4)] == [0, 1, 1, 2]
     assert [test[i].label for i in range(3)] == [0, 1, 2]
+
+
+def test_other_folders_beside_those_of_imagenet_are_named(tmp_path):
+    root = write_tree(tmp_path, train=4, test=3)
+    write_tree(tmp_path, train=1, test=1, synsets=("@eaDir",))
+    with pytest.raises(DataError, match="beside them @eaDir; move these away"):
+        imagenet.find(SPEC, root)
+
+
+def test_a_damaged_record_is_named_and_a_missing_file_is_said(prepared_imagenet):
+    root = prepared_imagenet(count=40)
+    (shard,) = root.glob("imagenet2012/*/*train.array_record*")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 50] = bytes(50)
+    shard.write_bytes(data)
+    source = imagenet.find(SPEC, root).train
+    damaged = []
+    for i in range(source.size):
+        try:
+            assert source[i].data.startswith(b"\xff\xd8")
+            assert source.name(i).startswith("train_")
+        except OSError:
+            damaged.append(i)
+            assert source.name(i) == f"record {i} of train"
+    assert damaged
+    shard.unlink()
+    with pytest.raises(DataError, match=f"1 of 2 files of imagenet2012 .* as {shard.name}"):
+        imagenet.find(SPEC, root)
 
 
 def test_the_environment_names_the_folder(tmp_path, monkeypatch):

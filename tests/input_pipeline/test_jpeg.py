@@ -102,6 +102,13 @@ JPEG = encoded(photograph(60, 80))
 SIZE_OFFSET = JPEG.index(b"\xff\xc0") + 5
 HUGE = bytearray(JPEG)
 struct.pack_into(">HH", HUGE, SIZE_OFFSET, 65000, 65000)
+START_OF_SCAN = JPEG.index(b"\xff\xda")
+SEGMENT = b"\xff\xe5\x00\x06\xff\xd8\xff\xd9"
+THUMBNAIL = JPEG[:START_OF_SCAN] + SEGMENT + JPEG[START_OF_SCAN:]
+
+
+def test_a_segment_between_the_headers_changes_nothing():
+    assert difference(THUMBNAIL, whole(60, 80), 50) < 2.5
 
 
 @pytest.mark.parametrize(
@@ -113,6 +120,9 @@ struct.pack_into(">HH", HUGE, SIZE_OFFSET, 65000, 65000)
         (JPEG[:20], "."),
         (JPEG[: len(JPEG) // 2], "cut off"),
         (JPEG[:-2], "cut off"),
+        # A thumbnail's end is not the picture's: here in a segment after the frame header.
+        (THUMBNAIL[:-100], "cut off"),
+        (bytes(HUGE).replace(b"\xff\xc0", b"\xff\xc2", 1), "65000 x 65000"),
         (bytes(HUGE), "65000 x 65000"),
         (encoded(photograph(60, 80), format="png")[:200], "."),
     ],

@@ -167,7 +167,7 @@ def write_tars(folder, train, validation):
     return pictures
 
 
-def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys):
+def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys, caplog):
     train = {
         "n01440764": ["n01440764_1.JPEG", "n01440764_2.JPEG"],
         "n15075141": ["n15075141_9.JPEG"],
@@ -176,6 +176,9 @@ def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys):
     pictures = write_tars(tmp_path, train, validation)
     prepare.main("imagenet", data_dir=str(tmp_path / "data"), tars=tmp_path)
     assert "imagenet is prepared in" in capsys.readouterr().out
+    assert "train has 3 pictures, and not 1281167; was an archive cut off?" in caplog.text
+    # What is prepared needs no archives.
+    prepare.prepare_imagenet(None, tmp_path / "data")
 
     found = {}
     for source in imagenet.find(SPECS["imagenet"], tmp_path / "data"):
@@ -203,4 +206,10 @@ def test_archives_of_imagenet_that_are_missing_or_damaged_are_named(tmp_path):
         prepare.prepare_imagenet(tmp_path, tmp_path / "data")
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"an error page")
     with pytest.raises(DataError, match="cannot prepare imagenet there"):
+        prepare.prepare_imagenet(tmp_path, tmp_path / "data")
+    write_tars(tmp_path, {"n01440764": ["n01440764_1.JPEG"]}, ["notes.txt"])
+    with pytest.raises(DataError, match="cannot prepare imagenet there"):
+        prepare.prepare_imagenet(tmp_path, tmp_path / "data")
+    write_tars(tmp_path, {"dogs": ["dog.JPEG"]}, ["ILSVRC2012_val_00000001.JPEG"])
+    with pytest.raises(DataError, match=r"cannot prepare imagenet there: .*dogs"):
         prepare.prepare_imagenet(tmp_path, tmp_path / "data")

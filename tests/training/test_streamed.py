@@ -122,6 +122,15 @@ def test_pictures_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_pa
     np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
 
 
+def test_a_run_of_nothing_but_unreadable_pictures_goes_on(tmp_path, tree):
+    for path in (tmp_path / "imagenet").glob("*/*/*.JPEG"):
+        path.write_bytes(b"")
+    for record in run(tmp_path, data_dir=tree).records:
+        assert record["unreadable"] == 30
+        assert np.isnan(record["train_loss"])
+        assert np.isnan(record["test_accuracy"])
+
+
 def test_weight_zero_counts_for_nothing():
     config = TrainConfig(**(FIELDS | {"dataset": "synthetic_imagenet"})).resolved()
     mesh = loop.sharding.make_mesh(config)
