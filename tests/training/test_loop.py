@@ -90,6 +90,7 @@ def test_every_data_set_trains(prepared, tmp_path, name, loss):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_path):
     fields = {"dataset": "cifar10", "data_dir": prepared("cifar10"), "train_bs": 24, "test_bs": 25}
     result = run(tmp_path, arch="resnet18", epochs=3, **fields)

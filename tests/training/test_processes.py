@@ -48,11 +48,12 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ("--dataset", "imagenet", "--image_size", 16, "--workers", 1),
-        pytest.param(("--mesh", "data=2,fsdp=4"), marks=pytest.mark.slow),
+        ("--mesh", "data=2,fsdp=4"),
     ],
     ids=["streamed", "resident"],
 )
