@@ -74,9 +74,9 @@ def train(config: TrainConfig) -> Result:
     sharding.use_platform(config.platform)
     processes.initialize(config)
     folder = Path(processes.decide(lambda: os.fspath(workdir.choose(config))))
-    reporter_class = Reporter if processes.first() else SilentReporter
     with jax.enable_x64(config.precision == "f64"):
         mesh = sharding.make_mesh(config)
+        reporter_class = Reporter if processes.first() else SilentReporter
         data = load_data(config)
         check_batch_fits(config, data)
         graphdef, state = build_state(config, mesh)

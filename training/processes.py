@@ -57,7 +57,7 @@ def decide(choose: Callable[[], str]) -> str:
     Raises:
       ConfigError: in every process, if it is raised in process 0.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return choose()
     decision = ""
     if first():
