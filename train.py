@@ -2,6 +2,7 @@
 """Trains a network with automatic gradient descent: reads the flags, runs, says what went wrong."""
 
 import logging
+import signal
 import sys
 
 import tyro
@@ -11,25 +12,56 @@ from training.config import ConfigError, TrainConfig
 
 
 def main() -> int:
-    """Returns the exit code: 0, 1 if training failed, 2 if it was asked for in a wrong way."""
+    """Returns the exit code: 0, 1 if training failed, 2 if it was asked for in a wrong way.
+
+    One that a signal ended has 128 and the signal's number, 143 for SIGTERM and 130 for Ctrl-C.
+    """
+    # Until there is something to save, SIGTERM ends it at once.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     config = tyro.cli(TrainConfig, use_underscores=True)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("input_pipeline").setLevel(logging.INFO)
+    # What Orbax logs of a failure, at length, is said in one line of our own.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        config.resolved()  # Before JAX is imported, so that a wrong flag is answered at once.
-        from training.loop import NonFiniteLossError, train
-
-        try:
-            train(config)
-        except NonFiniteLossError as error:
-            print(f"stopped: {error}", file=sys.stderr)
-            return 1
+        return evaluate(config) if config.eval_only else train(config)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def train(config: TrainConfig) -> int:
+    """Trains, and says what ended it if that was not the last epoch."""
+    config.resolved()  # Before JAX is imported, so that a wrong flag is answered at once.
+    from training import loop
+    from training.epochs import NonFiniteError
+    from training.saver import SaveError
+    from training.stopping import Stopped
+
+    try:
+        loop.train(config)
+    except (NonFiniteError, SaveError, OSError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
+    return 0
+
+
+def evaluate(config: TrainConfig) -> int:
+    """Tests what a run has left, and prints it."""
+    if config.workdir is None:
+        raise ConfigError("--eval_only: give the --workdir of the run that is meant")
+    from training import console, evaluation, processes
+
+    tested = evaluation.evaluate(config)
+    if processes.first():
+        console.print_tested(tested)
     return 0
 
 

@@ -283,7 +283,8 @@ def rate(options: Options, batches: Iterator[object]) -> float:
 def waits(options: Options, source: Source) -> None:
     """What share of the time goes by in waiting for a batch."""
     config = TrainConfig(arch="resnet50", dataset="imagenet").resolved()
-    graphdef, state = loop.build_state(config, sharding.make_mesh(config))
+    graphdef, _, init = loop.build_plan(config, sharding.make_mesh(config))
+    state = init()
     tx, loss = agd_jax.agd(), LOSSES["xent"]
 
     def resnet50(state, batch):

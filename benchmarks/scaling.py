@@ -106,25 +106,15 @@ def collectives_of_step(
         return optax.GradientTransformation(lambda params: state, update)
 
     tx = agd_jax.agd() if optimiser == "agd" else sgd_like_agd()
-    graphdefs = []
-
-    def make_state():
-        graphdef, state = loop.build_state(config, devices)
-        graphdefs.append(graphdef)
-        return state
-
-    state = jax.eval_shape(make_state)
-    state_shardings = sharding.of_state(devices, state)
-    as_split = lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
-    state = jax.tree.map(as_split, state, state_shardings)
+    graphdef, state, _ = loop.build_plan(config, devices)
     like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(devices))
     batch = Batch(
         like((batch_size, image_size, image_size, 3), jnp.float32),
         like((batch_size,), jnp.int32),
         like((batch_size,), jnp.float32),
     )
-    step = functools.partial(train_step, graphdefs[0], tx, LOSSES["xent"])
-    out = (state_shardings, sharding.replicated(devices))
+    step = functools.partial(train_step, graphdef, tx, LOSSES["xent"])
+    out = (sharding.of_state(devices, state), sharding.replicated(devices))
     program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
     return count_collectives(program.as_text())
 

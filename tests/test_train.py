@@ -27,10 +27,10 @@ def test_help_has_every_flag_in_a_line_and_imports_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     flags = (
         "arch dataset loss train_bs test_bs epochs depth width gain seed data_dir workdir "
-        "platform precision"
+        "platform precision save_every keep restart eval_only"
     )
     for flag in flags.split():
-        assert re.search(rf"--{flag} \S", run.stdout), flag
+        assert re.search(rf"--{flag},? \S", run.stdout), flag
     heavy = {"jax", "flax", "optax", "numpy", "matplotlib", "tensorflow_datasets", "sklearn"}
     assert not heavy & set(run.stderr.split())
 
@@ -73,7 +73,11 @@ def test_data_that_is_nowhere_to_be_had_is_one_line_too(tmp_path):
 def test_a_loss_that_is_not_finite_is_one_line_too(tmp_path):
     run = train("--gain", "1e30", "--workdir", tmp_path / "run")
     assert run.returncode == 1
-    assert re.fullmatch(r"stopped: the loss was (nan|inf) at step \d+ \(epoch 1\)\n", run.stderr)
+    assert re.fullmatch(
+        r"stopped: the loss was (nan|inf) at step \d+ \(epoch 1\), after an eta of [\d.]+; "
+        r"there is no checkpoint before it\n",
+        run.stderr,
+    )
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path):

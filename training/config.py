@@ -4,9 +4,10 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import tyro
 
@@ -19,6 +20,20 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 PRECISIONS = ("f32", "bf16", "f64")
 MESH_AXES = ("data", "fsdp", "model")
 DATASETS = tuple(SPECS)
+
+# What a run that goes on must have in common with its checkpoint.
+IDENTITY = (
+    "arch",
+    "dataset",
+    "loss",
+    "train_bs",
+    "depth",
+    "width",
+    "gain",
+    "seed",
+    "image_size",
+    "precision",
+)
 
 
 class ConfigError(Exception):
@@ -82,6 +97,14 @@ class TrainConfig:
     """Which this is, the first being 0."""
     precision: Annotated[str, _flag(PRECISIONS)] = "f32"
     """Arithmetic of the network; bf16 keeps parameters, loss and optimiser in f32."""
+    save_every: Annotated[str, _flag(("INTmin|INTsteps",))] = "10min"
+    """How often to save; the best epoch and the end are saved besides."""
+    keep: int = 3
+    """How many of the newest checkpoints to keep, beside the best epoch's."""
+    restart: bool = False
+    """Begin afresh in a workdir that holds a run, and set that run aside in it."""
+    eval_only: bool = False
+    """Test the best and the last checkpoint of --workdir, and nothing else."""
 
     def resolved(self) -> "TrainConfig":
         """Returns the config with defaults that depend on other fields filled in, and checked.
@@ -101,7 +124,8 @@ class TrainConfig:
         if self.platform is not None:
             _choose("--platform", self.platform, PLATFORMS)
         _ = self.mesh_axes  # Checked here, and matched with the devices when they are known.
-        for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size"):
+        _ = self.save_interval
+        for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.workers is not None and self.workers < 0:
@@ -126,6 +150,8 @@ class TrainConfig:
             raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
+        if self.restart and self.workdir is None:
+            raise ConfigError("--restart: give the --workdir of the run that is to begin afresh")
         return config
 
     @property
@@ -161,10 +187,58 @@ class TrainConfig:
             )
         return {name: sizes[name] for name in MESH_AXES if name in sizes}
 
+    @property
+    def save_interval(self) -> tuple[float, int | None]:
+        """The seconds and the steps between checkpoints, of which one is no limit.
+
+        Raises:
+          ConfigError: if ``--save_every`` cannot be understood.
+        """
+        found = re.fullmatch(r"([1-9]\d*)(min|steps)", self.save_every)
+        if not found:
+            raise ConfigError(
+                f"--save_every {self.save_every}: give minutes or steps, as in 10min or 500steps"
+            )
+        number = int(found[1])
+        return (60 * number, None) if found[2] == "min" else (math.inf, number)
+
+    def check_same_run(self, saved: "TrainConfig", names: Iterable[str] = IDENTITY) -> None:
+        """Raises ConfigError if a checkpoint is of another run, in one of the fields named.
+
+        Args:
+          saved: the config of the checkpoint; both are resolved.
+          names: of the fields.
+        """
+        for name in names:
+            ours, theirs = getattr(self, name), getattr(saved, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"--{name} {ours}: {self.workdir} holds a run with --{name} {theirs}; give "
+                    "that, another --workdir, or --restart"
+                )
+
     def to_json(self) -> dict:
         """The fields as what JSON has: numbers, strings and null."""
         fields = dataclasses.asdict(self)
         return {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_json(cls, fields: object) -> "TrainConfig":
+        """The inverse of :meth:`to_json`; fields that are left out have their defaults.
+
+        Raises:
+          ConfigError: if it is not what ``to_json`` gives.
+        """
+        if not isinstance(fields, dict):
+            raise ConfigError("the saved config is not an object of JSON")
+        # In JSON, a path is text and a whole number is no other than a real one.
+        types = get_type_hints(cls) | {"workdir": str | None, "gain": float | int}
+        for name, value in fields.items():
+            if name not in types or not isinstance(value, types[name]):
+                raise ConfigError(f"the saved config has {name}={value!r}, which is no flag")
+        if fields.get("workdir"):
+            fields = fields | {"workdir": Path(fields["workdir"])}
+        return cls(**fields)
 
 
 def _choose(flag: str, given: str, choices: tuple[str, ...]) -> None:

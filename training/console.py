@@ -1,12 +1,17 @@
 """The terminal: a bar where there is one, plain lines where there is not."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from training import metrics
 from training.workdir import CURVES_FILE, METRICS_FILE
+
+if TYPE_CHECKING:
+    from training.evaluation import Tested
 
 COLUMNS = (
     # heading, width, how the record says it
@@ -19,6 +24,13 @@ COLUMNS = (
     ("range in epoch", 15, lambda r: f"{r['eta_min']:.4f}-{r['eta_max']:.4f}"),
     ("images/s", 9, lambda r: f"{r['images_per_second']:,.0f}"),
 )
+
+
+def print_tested(tested: list["Tested"]) -> None:
+    """The table of ``--eval_only``, on standard output."""
+    print("checkpoint    step   epoch  test loss     acc")
+    for t in tested:
+        print(f"{t.which:10s}  {t.step:6d}  {t.epochs:6.4g}  {t.loss:9.4f}  {t.accuracy:6.2%}")
 
 
 class Console:
@@ -80,18 +92,26 @@ class Console:
         if self._bar is not None:
             self._bar.stop()
 
-    def summary(self, records: list[dict], seconds: float, workdir: Path) -> None:
-        """The table at the end, and where things are."""
+    def summary(self, records: list[dict], before: int, seconds: float, workdir: Path) -> None:
+        """The table at the end, and where things are.
+
+        Args:
+          records: of all epochs.
+          before: how many of them an earlier process has trained.
+          seconds: that this one took.
+          workdir: of the run.
+        """
         first, last = records[0], records[-1]
-        best = max(records, key=lambda r: r["test_accuracy"])
+        best = metrics.best(records)
         table = Table(title="Result", title_justify="left", show_header=False)
+        training = sum(r["seconds"] for r in records[before:])
         rows = {
             "test accuracy": f"{last['test_accuracy']:.2%} after epoch {last['epoch']}, best "
             f"{best['test_accuracy']:.2%} after epoch {best['epoch']}",
             "test loss": f"{last['test_loss']:.4f}",
             "training loss": f"{last['train_loss']:.4f}, accuracy {last['train_accuracy']:.2%}",
             "eta": f"{first['eta']:.4f} in the first epoch, {last['eta']:.4f} in the last",
-            "time": f"{seconds:.1f} s, {sum(r['seconds'] for r in records):.1f} s of them training",
+            "time": f"{seconds:.1f} s, {training:.1f} s of them training",
         }
         for name, text in rows.items():
             table.add_row(name, text)

@@ -26,10 +26,11 @@ class TrainMetrics(NamedTuple):
 
     Attributes:
       sums: over the examples.
-      steps: how many there were, up to the first whose loss was not finite.
+      steps: how many there were, up to the first that was not :func:`finite`.
       eta: sum over the steps of the automatic learning rate.
       eta_min: the smallest.
       eta_max: the largest.
+      eta_last: that of the last step that was finite.
       gradient_summary: sum over the steps of G.
     """
 
@@ -38,6 +39,7 @@ class TrainMetrics(NamedTuple):
     eta: jax.Array
     eta_min: jax.Array
     eta_max: jax.Array
+    eta_last: jax.Array
     gradient_summary: jax.Array
 
 
@@ -64,7 +66,7 @@ def no_metrics(dtype: jax.typing.DTypeLike) -> Metrics:
 def no_train_metrics(dtype: jax.typing.DTypeLike) -> TrainMetrics:
     """The sums over no step."""
     zero, infinity = jnp.zeros([], dtype), jnp.full([], jnp.inf, dtype)
-    return TrainMetrics(no_metrics(dtype), zero, zero, infinity, -infinity, zero)
+    return TrainMetrics(no_metrics(dtype), zero, zero, infinity, -infinity, zero, zero)
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
@@ -74,11 +76,18 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
 def add_train(a: TrainMetrics, b: TrainMetrics) -> TrainMetrics:
     """Metrics of the steps of both."""
-    return jax.tree.map(jnp.add, a, b)._replace(
-        steps=a.steps + jnp.where(jnp.isfinite(a.sums.loss), b.steps, 0),
+    both = jax.tree.map(jnp.add, a, b)
+    return both._replace(
+        steps=a.steps + jnp.where(finite(a), b.steps, 0),
         eta_min=jnp.minimum(a.eta_min, b.eta_min),
         eta_max=jnp.maximum(a.eta_max, b.eta_max),
+        eta_last=jnp.where(finite(both), b.eta_last, a.eta_last),
     )
+
+
+def finite(metrics: TrainMetrics) -> jax.Array:
+    """Whether no loss and no gradient has been infinite or not a number, a boolean scalar."""
+    return jnp.isfinite(metrics.sums.loss) & jnp.isfinite(metrics.gradient_summary)
 
 
 def averages(metrics: Metrics) -> dict[str, float]:
@@ -97,3 +106,9 @@ def train_averages(metrics: TrainMetrics) -> dict[str, float]:
         "eta_max": float(metrics.eta_max),
         "gradient_summary": float(metrics.gradient_summary) / steps,
     }
+
+
+def best(records: list[dict]) -> dict:
+    """The first of the epochs' records, at least one, with the highest test accuracy."""
+    # Not a number, where no test picture could be read, is worse than anything.
+    return max(records, key=lambda r: -1 if math.isnan(r["test_accuracy"]) else r["test_accuracy"])

@@ -51,6 +51,23 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def agree(signum: int, save: bool, steps: int) -> tuple[int, bool, int]:
+    """What all processes are to do next, who must do the same but are told and clocked apart.
+
+    Args:
+      signum: of the signal that asks this process to end, or 0.
+      save: whether it is time for a checkpoint.
+      steps: how many steps to dispatch at once.
+
+    Returns:
+      The same for all: the highest signal, and what process 0 has of the others.
+    """
+    if jax.process_count() == 1:
+        return signum, save, steps
+    votes = multihost_utils.process_allgather(np.array([signum, save, steps], np.int32))
+    return int(votes[:, 0].max()), bool(votes[0, 1]), int(votes[0, 2])
+
+
 def decide(choose: Callable[[], str]) -> str:
     """What process 0 chooses, in every process.
 

@@ -18,27 +18,33 @@ class Reporter:
       records: one dict for each epoch so far.
     """
 
-    def __init__(self, config: TrainConfig, workdir: Path, facts: dict[str, str]):
-        """Makes the folder and says what was resolved.
+    def __init__(
+        self, config: TrainConfig, workdir: Path, facts: dict[str, str], records: list[dict]
+    ):
+        """Writes the first files and says what was resolved.
 
         Args:
           config: of the run, resolved.
-          workdir: from :func:`training.workdir.choose`.
+          workdir: its folder.
           facts: what to say at the start, by name.
+          records: of the epochs before the checkpoint that the run goes on from. What else an
+            interrupted run has written is dropped, and will come again.
 
         Raises:
           ConfigError: if the folder cannot be written.
         """
         from tensorboardX import SummaryWriter
 
-        self.records: list[dict] = []
+        self.records = list(records)
         self._workdir = workdir
-        self._start = time.perf_counter()
+        self._start, self._before = time.perf_counter(), len(records)
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2) + "\n")
-            self._metrics = open(workdir / METRICS_FILE, "w")  # noqa: SIM115, closed in __exit__
-            self._tensorboard = SummaryWriter(os.fspath(workdir))
+            _write(workdir / CONFIG_FILE, json.dumps(config.to_json(), indent=2) + "\n")
+            lines = (json.dumps(record) + "\n" for record in records)
+            _write(workdir / METRICS_FILE, "".join(lines))
+            self._metrics = open(workdir / METRICS_FILE, "a")  # noqa: SIM115, closed in __exit__
+            seen = records[-1]["step"] if records else 0
+            self._tensorboard = SummaryWriter(os.fspath(workdir), purge_step=seen + 1)
         except OSError as error:
             raise ConfigError(f"--workdir {workdir}: {error.strerror}") from error
         self._curves = CurvesDrawer(workdir / CURVES_FILE, f"{config.arch} on {config.dataset}")
@@ -53,7 +59,8 @@ class Reporter:
         self._curves.close()
         self._console.close()
         if kind is None:
-            self._console.summary(self.records, time.perf_counter() - self._start, self._workdir)
+            seconds = time.perf_counter() - self._start
+            self._console.summary(self.records, self._before, seconds, self._workdir)
 
     def begin(self, compile_seconds: float) -> None:
         """Everything is ready for the first epoch."""
@@ -81,11 +88,20 @@ class Reporter:
         self._console.epoch(record)
 
 
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
 class SilentReporter:
     """Keeps the records, for the processes that another one speaks for."""
 
-    def __init__(self, config: TrainConfig, workdir: Path, facts: dict[str, str]):
-        self.records: list[dict] = []
+    def __init__(
+        self, config: TrainConfig, workdir: Path, facts: dict[str, str], records: list[dict]
+    ):
+        self.records = list(records)
 
     def __enter__(self) -> "SilentReporter":
         return self

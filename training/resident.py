@@ -125,7 +125,7 @@ class ResidentRun:
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int
     ) -> tuple[TrainState, TrainMetrics]:
-        """Takes steps until ``state.step`` is ``stop`` or the loss is no longer finite.
+        """Takes steps until ``state.step`` is ``stop`` or one is not finite.
 
         Args:
           state: donated, so not to be used again.
@@ -140,12 +140,16 @@ class ResidentRun:
             state, sums = self._step(state, sums, self._data.train, order, self._augment_key)
         return state, sums
 
-    def evaluate(self, state: TrainState) -> Metrics:
-        """Metrics over the whole test set, each example counted once."""
+    def evaluate(
+        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> Metrics | None:
+        """Metrics over the whole test set, each example counted once; None if interrupted."""
         sums, test = self._no_eval_metrics, self._data.test
         if not self._one_by_one:
             return self._scores(state, sums, test, self._eval_steps)
         for index in range(self._eval_steps):
+            if interrupted():
+                return None
             sums = self._score(state, sums, test, index)
         return sums
 
@@ -172,4 +176,4 @@ class ResidentRun:
 
 
 def _unfinished(state: TrainState, sums: TrainMetrics, stop: jax.typing.ArrayLike) -> jax.Array:
-    return (state.step < stop) & jnp.isfinite(sums.sums.loss)
+    return (state.step < stop) & metrics.finite(sums)

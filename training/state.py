@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,27 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def create_state(
+class Plan(NamedTuple):
+    """A network split once into what is static and what changes, and how to begin.
+
+    Attributes:
+      graphdef: the static part; ``nnx.merge(graphdef, params, batch_stats)`` is the network.
+      shapes: a state of ``jax.ShapeDtypeStruct`` with their shardings.
+      init: makes the state that training starts from, on the mesh.
+    """
+
+    graphdef: nnx.GraphDef
+    shapes: TrainState
+    init: Callable[[], TrainState]
+
+
+def plan_state(
     make_model: Callable[[], nnx.Module],
     tx: optax.GradientTransformation,
     key: jax.Array,
     shardings: Callable[[TrainState], TrainState],
-) -> tuple[nnx.GraphDef, TrainState]:
-    """Splits a network once, into its graph definition and the arrays of a fresh state.
+) -> Plan:
+    """Plans the state of a network, of which nothing is computed before ``init`` is called.
 
     Args:
       make_model: builds the network; its starting weights are replaced by orthogonal ones.
@@ -50,4 +65,8 @@ def create_state(
         return TrainState(jnp.zeros([], jnp.int32), params, batch_stats, tx.init(params))
 
     graphdef, _, _ = nnx.split(nnx.eval_shape(make_model), nnx.Param, nnx.BatchStat)
-    return graphdef, jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key)))(key)
+    shapes = jax.eval_shape(init, key)
+    split = shardings(shapes)
+    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    make = jax.jit(init, out_shardings=split)
+    return Plan(graphdef, jax.tree.map(with_sharding, shapes, split), lambda: make(key))

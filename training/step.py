@@ -53,7 +53,7 @@ def train_step(
     eta, gradient_summary = opt_state
     sums = metrics.of_batch(losses, logits, batch.labels, batch.weights)
     steps = jnp.ones([], eta.dtype)
-    measured = TrainMetrics(sums, steps, eta, eta, eta, gradient_summary)
+    measured = TrainMetrics(sums, steps, eta, eta, eta, eta, gradient_summary)
     return TrainState(state.step + 1, params, batch_stats, opt_state), measured
 
 

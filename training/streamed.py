@@ -120,10 +120,17 @@ class StreamedRun:
         self._steps_taken = stop
         return state, sums
 
-    def evaluate(self, state: TrainState) -> Metrics:
-        """Metrics over the whole test set, each example counted once."""
+    def evaluate(
+        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> Metrics | None:
+        """Metrics over the whole test set, each example counted once; None if interrupted.
+
+        The test pictures do not begin again after an interruption.
+        """
         sums = self._no_eval_metrics
         for _ in range(self._eval_steps):
+            if interrupted():
+                return None
             batch, unreadable = next(self._test)
             self._report(self._sources[1], unreadable)
             sums = self._score(state, sums, batch)

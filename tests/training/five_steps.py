@@ -20,9 +20,10 @@ def five_steps(config, devices):
     with jax.enable_x64(config.precision == "f64"):
         mesh = sharding.make_mesh(config, devices)
         data = loop.load_data(config)
-        graphdef, state = loop.build_state(config, mesh)
+        plan = loop.build_plan(config, mesh)
+        state = plan.init()
         starting_weights = [np.asarray(p) for p in jax.tree.leaves(state.params)]
-        run = loop.build_run(config, mesh, data, graphdef, state)
+        run = loop.build_run(config, mesh, data, plan)
         state, measured = run.train(state, run.no_metrics(), STEPS)
         assert state.step == STEPS
         expected = sharding.of_state(mesh, state)

@@ -27,6 +27,10 @@ from training.config import ConfigError, TrainConfig
             {"image_size": 64},
             r"--image_size 64: is for imagenet and synthetic_imagenet, not for digits",
         ),
+        ({"save_every": "10"}, r"--save_every 10: give minutes or steps, as in 10min or 500steps"),
+        ({"save_every": "0min"}, r"--save_every 0min: give minutes or steps"),
+        ({"keep": 0}, r"--keep 0: must be at least 1"),
+        ({"restart": True}, r"--restart: give the --workdir of the run that is to begin afresh"),
         ({"dataset": "mnist", "workers": 0}, r"--workers 0: is for imagenet and .*not for mnist"),
         ({"mesh": "data"}, r"--mesh data: give sizes for some of data, fsdp, model"),
         ({"mesh": "rows=2"}, r"--mesh rows=2: give sizes"),
@@ -73,3 +77,14 @@ def test_json_has_every_field():
     assert stored["workdir"] == "a/b"
     assert stored["loss"] == "mse"
     assert stored["data_dir"] is None
+
+
+def test_json_and_back():
+    config = TrainConfig(workdir=Path("runs/a"), gain=2, restart=True, image_size=None)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig.from_json({}) == TrainConfig()
+
+
+def test_what_is_saved_by_minutes_or_by_steps():
+    assert TrainConfig(save_every="2min").save_interval == (120, None)
+    assert TrainConfig(save_every="500steps").save_interval == (float("inf"), 500)

@@ -10,9 +10,10 @@ from flax import nnx
 from input_pipeline import sources
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
-from training import loop
+from training import epochs, loop
 from training.config import ConfigError, TrainConfig
-from training.loop import NonFiniteLossError, train
+from training.epochs import NonFiniteError
+from training.loop import train
 from training.losses import LOSSES
 
 
@@ -63,7 +64,7 @@ def test_the_seed_decides_everything(tmp_path):
 def test_how_steps_are_dispatched_changes_nothing(tmp_path, monkeypatch):
     fields = {"epochs": 2, "depth": 2, "width": 16, "train_bs": 16}
     one = train(TrainConfig(workdir=tmp_path / "one", **fields))
-    monkeypatch.setattr(loop, "DISPATCH_SECONDS", 0)
+    monkeypatch.setattr(epochs, "DISPATCH_SECONDS", 0)
     other = train(TrainConfig(workdir=tmp_path / "other", **fields))
     assert same(one.state, other.state)
     timings = {"seconds", "images_per_second"}
@@ -74,7 +75,7 @@ def test_how_steps_are_dispatched_changes_nothing(tmp_path, monkeypatch):
 def test_starting_weights_are_orthogonal(tmp_path):
     config = TrainConfig(depth=3, width=16, platform="cpu").resolved()
     mesh = loop.sharding.make_mesh(config)
-    _, state = loop.build_state(config, mesh)
+    state = loop.build_plan(config, mesh).init()
     kernel = nnx.to_pure_dict(state.params)["layers"][1]["kernel"]
     np.testing.assert_allclose(kernel @ kernel.T, np.eye(16), atol=1e-5)
     assert all(p.sharding.mesh == mesh for p in jax.tree.leaves(state))
@@ -142,9 +143,7 @@ def test_gain_multiplies_the_step(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path):
-    with pytest.raises(
-        NonFiniteLossError, match=r"^the loss was (inf|nan) at step \d+ \(epoch 1\)"
-    ):
+    with pytest.raises(NonFiniteError, match=r"^the loss was (inf|nan) at step \d+ \(epoch 1\)"):
         run(tmp_path, gain=1e30, epochs=3)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
@@ -160,7 +159,7 @@ def test_the_step_named_is_the_first_bad_one(tmp_path, monkeypatch):
         return state, measured._replace(sums=measured.sums._replace(loss=broken))
 
     monkeypatch.setattr(loop.step, "train_step", train_step)
-    with pytest.raises(NonFiniteLossError, match=r"^the loss was nan at step 17 \(epoch 2\)"):
+    with pytest.raises(NonFiniteError, match=r"^the loss was nan at step 17 \(epoch 2\)"):
         run(tmp_path, epochs=3, depth=2, width=8)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1]

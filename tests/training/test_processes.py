@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import write_tree
-from training import processes
+from training import processes, workdir
 from training.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,8 @@ def test_two_processes_train_as_one_does(tmp_path, flags):
     # Gloo announces its connections there, from several threads of C++; we say nothing.
     assert not any(word in other_out for word in ("devices", "compiled", "epoch", "metrics"))
     assert {p.name.split(".")[0] for p in (tmp_path / "two").iterdir()} == {
+        "",  # .lock
+        "checkpoints",
         "config",
         "metrics",
         "curves",
@@ -83,27 +86,71 @@ def test_two_processes_train_as_one_does(tmp_path, flags):
 
 
 def test_what_the_first_process_refuses_ends_all(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    for _, err, code in run_two("--workdir", tmp_path):
-        assert code == 2
-        assert f"error: --workdir {tmp_path}: holds an earlier run" in err
+    with workdir.held(tmp_path, restart=False):
+        for _, err, code in run_two("--workdir", tmp_path):
+            assert code == 2
+            assert f"error: --workdir {tmp_path}: another run is using it" in err
+
+
+def wait_for_epochs(folder, epochs=1):
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= epochs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_others(tmp_path):
-    first, second = start_two("--workdir", tmp_path / "run", "--epochs", 100_000)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    second.kill()
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, lost):
+    flags = ("--workdir", tmp_path / "run", "--save_every", "20steps")
+    both = start_two(*flags, "--epochs", 100_000)
+    wait_for_epochs(tmp_path / "run")
+    both[lost].kill()
     killed = time.monotonic()
-    _, err, code = finish(first)
-    finish(second)
+    _, err, code = finish(both[1 - lost])
+    finish(both[lost])
     assert time.monotonic() - killed < 60
     assert code != 0
-    # Whoever notices first: the coordinator, which knows the number, or Gloo, which does not.
-    assert "unhealthy (stopped sending heartbeats):\n1\n" in err or "gloo" in err
+
+    saved = max(
+        int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("*") if p.name.isdigit()
+    )
+    epochs = saved // 89 + 1
+    (out, err, code), (_, _, other_code) = run_two(*flags, "--epochs", epochs)
+    assert (code, other_code) == (0, 0), err
+    assert f"resumed   after step {saved:,}, with {saved // 89} epochs done" in out
+    assert len(records(tmp_path / "run")) == epochs
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all_in_good_order(tmp_path):
+    both = start_two("--workdir", tmp_path / "run", "--epochs", 100_000)
+    wait_for_epochs(tmp_path / "run")
+    both[1].send_signal(signal.SIGTERM)
+    for _, err, code in map(finish, both):
+        assert code == 143, err
+        (line,) = (line for line in err.splitlines() if line.startswith("stopped: "))
+        assert line.startswith("stopped: SIGTERM after step ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_checkpoints_are_read_by_as_many_processes_as_there_are(tmp_path, first):
+    """Parameters in eight shares are written by one process and read by two, or the reverse."""
+    flags = ("--workdir", tmp_path / "run", "--mesh", "fsdp=8")
+    one = lambda *more: [finish(start(8, *flags, *more))]
+    two = lambda *more: run_two(*flags, *more)
+    stages = {"one": (one, two), "two": (two, one)}[first]
+    for run, epochs in zip(stages, (1, 2), strict=True):
+        for _, err, code in run("--epochs", epochs):
+            assert code == 0, err
+    *_, code = finish(start(8, "--workdir", tmp_path / "whole", "--mesh", "fsdp=8"))
+    assert code == 0
+    whole, resumed = records(tmp_path / "whole"), records(tmp_path / "run")
+    for one, other in zip(whole, resumed, strict=True):
+        for name in ("train_loss", "test_loss", "eta", "gradient_summary"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5), name
 
 
 def test_one_process_decides_for_itself():

@@ -19,7 +19,7 @@ def record(epoch):
 
 def new_reporter(tmp_path):
     config = TrainConfig(epochs=2).resolved()
-    return Reporter(config, tmp_path / "deep" / "run", {"devices": "1 x cpu"})
+    return Reporter(config, tmp_path, {"devices": "1 x cpu"}, records=[])
 
 
 def scalars(path):
@@ -39,9 +39,9 @@ def test_a_run_leaves_config_metrics_events_and_curves(tmp_path):
     with new_reporter(tmp_path) as reporter:
         for epoch in (1, 2):
             reporter.epoch(record(epoch))
-            lines = (tmp_path / "deep" / "run" / "metrics.jsonl").read_text().splitlines()
+            lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
             assert len(lines) == epoch
-    folder = tmp_path / "deep" / "run"
+    folder = tmp_path
     assert json.loads((folder / "config.json").read_text())["arch"] == "fcn"
     assert [json.loads(line) for line in lines] == [record(1), record(2)]
     assert Image.open(folder / "curves.png").size == (1320, 396)

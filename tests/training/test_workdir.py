@@ -20,10 +20,53 @@ def test_choosing_makes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_earlier_run_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"--workdir .*: holds an earlier run"):
-        workdir.choose(TrainConfig(workdir=tmp_path))
+def test_a_second_run_is_kept_out_until_the_first_has_ended(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with workdir.held(folder, restart=False) as aside:
+        assert aside == ""
+        with (
+            pytest.raises(ConfigError, match=r"--workdir .*: another run is using it"),
+            workdir.held(folder, restart=True),
+        ):
+            pass
+    with workdir.held(folder, restart=False):
+        pass
+
+
+def leave_run(folder, checkpoint):
+    names = ["config.json", "metrics.jsonl", "curves.png", "events.out.tfevents.1", "mine.txt"]
+    for name in names:
+        (folder / name).write_text("line")
+    if checkpoint:
+        (folder / "checkpoints" / "11").mkdir(parents=True)
+    return names
+
+
+def test_beginning_afresh_sets_the_earlier_run_aside_and_nothing_else(tmp_path):
+    leave_run(tmp_path, checkpoint=True)
+    with workdir.held(tmp_path, restart=True) as aside:
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.txt", ".lock", os.path.basename(aside)}
+    expected = {"config.json", "metrics.jsonl", "curves.png", "events.out.tfevents.1"}
+    assert set(os.listdir(aside)) == expected | {"checkpoints"}
+    # Once more, within the same second.
+    leave_run(tmp_path, checkpoint=False)
+    with workdir.held(tmp_path, restart=True) as again:
+        assert again != aside
+    assert set(os.listdir(again)) == expected
+
+
+def test_epochs_without_a_checkpoint_are_not_written_over(tmp_path):
+    leave_run(tmp_path, checkpoint=False)
+    with workdir.held(tmp_path, restart=False) as aside:
+        assert os.path.exists(os.path.join(aside, "metrics.jsonl"))
+
+
+def test_a_run_with_a_checkpoint_stays(tmp_path):
+    names = leave_run(tmp_path, checkpoint=True)
+    with workdir.held(tmp_path, restart=False) as aside:
+        assert aside == ""
+    assert {p.name for p in tmp_path.iterdir()} == {*names, ".lock", "checkpoints"}
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

@@ -1,0 +1,327 @@
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from input_pipeline import sources
+from input_pipeline.batch import normalise
+from input_pipeline.specs import SPECS
+from tests.training.test_resuming import RESIDENT, ROOT, same, untimed
+from training import checkpoints, evaluation, loop, metrics, saver
+from training.config import ConfigError, TrainConfig
+from training.epochs import NonFiniteError
+from training.loop import train
+
+FIELDS = RESIDENT | {"save_every": "20steps"}  # 44 steps an epoch
+
+
+def steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that has ended, not to be changed."""
+    workdir = tmp_path_factory.mktemp("trained")
+    return train(TrainConfig(workdir=workdir, **FIELDS))
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained.workdir, workdir)
+    return workdir
+
+
+def best_step(records):
+    return max(records, key=lambda r: r["test_accuracy"])["step"]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    fields = FIELDS | {"keep": 2, "epochs": 12}
+    result = train(TrainConfig(workdir=tmp_path, **fields))
+    kept = steps(tmp_path)
+    assert kept[-2:] == [520, 528]
+    assert set(kept) == {520, 528, best_step(result.records)}
+
+
+def test_the_best_epoch_is_kept_through_a_resumption(tmp_path, monkeypatch):
+    # As if each epoch were worse than the one before.
+    accuracies = iter([0.9, 0.8, 0.7, 0.6])
+    original = metrics.averages
+
+    def averages(sums):
+        return original(sums) | {"accuracy": next(accuracies)}
+
+    monkeypatch.setattr(metrics, "averages", averages)
+    monkeypatch.setattr(
+        metrics,
+        "train_averages",
+        lambda sums: dict.fromkeys(
+            ["loss", "accuracy", "eta", "eta_min", "eta_max", "gradient_summary"], 0.0
+        ),
+    )
+    for epochs in (2, 4):
+        train(TrainConfig(workdir=tmp_path, **(FIELDS | {"keep": 1, "epochs": epochs})))
+    assert steps(tmp_path) == [44, 176]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 17}, "--width 17: .* holds a run with --width 16; give that"),
+        ({"arch": "vgg"}, "--arch vgg: .* holds a run with --arch fcn"),
+        ({"dataset": "synthetic_imagenet"}, "--dataset synthetic_imagenet: .* --dataset digits"),
+        ({"seed": 1}, "--seed 1: .* --seed 0"),
+        ({"loss": "xent"}, "--loss xent: .* --loss mse"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(copied, fields, message):
+    before = steps(copied)
+    if "dataset" in fields:
+        fields |= {"image_size": 8}
+    with pytest.raises(ConfigError, match=message):
+        train(TrainConfig(workdir=copied, **(FIELDS | fields)))
+    assert steps(copied) == before
+
+
+def files_of(checkpoint):
+    return sorted(p.relative_to(checkpoint) for p in checkpoint.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "emptied"])
+def test_any_damaged_file_of_the_newest_checkpoint_is_survived(copied, trained, damage, caplog):
+    """Some files can be done without; else the checkpoint before is the one to go on from."""
+    config = TrainConfig(workdir=copied, **FIELDS).resolved()
+    shapes = loop.build_plan(config, loop.sharding.make_mesh(config)).shapes
+    no_metrics = metrics.no_train_metrics(jnp.float32)
+    *_, before, newest = (copied / "checkpoints" / str(step) for step in steps(copied))
+    pristine, fallbacks = copied.with_name("pristine"), 0
+    shutil.copytree(copied, pristine)
+    for name in files_of(newest):
+        content = (newest / name).read_bytes()
+        if damage == "deleted":
+            (newest / name).unlink()
+        else:
+            (newest / name).write_bytes(
+                content[: len(content) // 2 if damage == "truncated" else 0]
+            )
+        caplog.clear()
+        with (
+            caplog.at_level(logging.WARNING, "training"),
+            saver.Saver(copied, config) as saved,
+        ):
+            snapshot = saved.restore(shapes, no_metrics)
+        warned = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
+        if warned:
+            fallbacks += 1
+            assert warned[0].startswith(f"{newest}: cannot be read (")
+            assert snapshot.step == int(before.name)
+            assert newest.with_name(newest.name + saver.DAMAGED).is_dir()
+        else:
+            assert same(snapshot.state, trained.state), name
+            assert snapshot.records == trained.records
+        shutil.rmtree(copied)
+        shutil.copytree(pristine, copied)
+    # The arrays and what describes them, at the least.
+    assert fallbacks >= 6
+
+
+def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained):
+    newest = copied / "checkpoints" / str(steps(copied)[-1])
+    shutil.rmtree(newest / "training")
+    result = train(TrainConfig(workdir=copied, **FIELDS))
+    assert same(result.state, trained.state)
+    assert untimed(result.records) == untimed(trained.records)
+    assert newest.is_dir()
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_trained(copied):
+    for step in steps(copied):
+        shutil.rmtree(copied / "checkpoints" / str(step) / "model")
+    before = sorted((copied / "checkpoints").iterdir())
+    with pytest.raises(ConfigError, match="none of its checkpoints can be read; --restart begins"):
+        train(TrainConfig(workdir=copied, **FIELDS))
+    assert sorted((copied / "checkpoints").iterdir()) == before
+    train(TrainConfig(workdir=copied, **(FIELDS | {"restart": True, "epochs": 1})))
+    assert steps(copied) == [20, 40, 44]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([1], "is not an object of JSON"),
+        ({"width": "16"}, "has width='16', which is no flag"),
+        ({"optimiser": "adam"}, "has optimiser='adam', which is no flag"),
+        ({"arch": "os.system"}, "--arch os.system: unknown"),
+    ],
+)
+def test_a_saved_config_that_is_none_is_said(copied, config, message):
+    for step in steps(copied):
+        path = copied / "checkpoints" / str(step) / "run" / "metadata"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
+    for use in (checkpoints.load, lambda w: train(TrainConfig(workdir=w, **FIELDS))):
+        with pytest.raises(ConfigError, match=message):
+            use(copied)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_a_loaded_network_scores_what_the_run_says(copied, trained, which):
+    model, config = checkpoints.load(copied, which)
+    assert (config.arch, config.width) == ("fcn", 16)
+    test = sources.load(SPECS["digits"]).test
+    logits = model(normalise(SPECS["digits"], jnp.asarray(test.images), jnp.float32))
+    accuracy = np.mean(np.argmax(logits, axis=1) == test.labels)
+    records = {r["step"]: r for r in trained.records}
+    step = best_step(trained.records) if which == "best" else trained.records[-1]["step"]
+    assert accuracy == pytest.approx(records[step]["test_accuracy"], abs=1e-6)
+
+
+def test_evaluation_finds_what_training_found(copied, trained):
+    records = {r["step"]: r for r in trained.records}
+    best, last = evaluation.evaluate(TrainConfig(workdir=copied, platform="cpu", test_bs=100))
+    assert best.step == best_step(trained.records)
+    assert last.step == trained.records[-1]["step"]
+    for tested in (best, last):
+        record = records[tested.step]
+        assert tested.epochs == record["epoch"]
+        assert tested.loss == pytest.approx(record["test_loss"], rel=1e-6)
+        assert tested.accuracy == pytest.approx(record["test_accuracy"], abs=1e-6)
+    with pytest.raises(ConfigError, match=r"--width 17: .* --width 16"):
+        evaluation.evaluate(TrainConfig(workdir=copied, width=17))
+
+
+def test_evaluation_of_what_has_running_averages(tmp_path):
+    fields = {"arch": "resnet18", "dataset": "synthetic_imagenet", "image_size": 16}
+    fields |= {"train_bs": 2, "test_bs": 2, "epochs": 1, "platform": "cpu"}
+    config = TrainConfig(workdir=tmp_path, **fields).resolved()
+    mesh = loop.sharding.make_mesh(config)
+    plan = loop.build_plan(config, mesh)
+    data = loop.load_data(config)
+    with contextlib.closing(loop.build_run(config, mesh, data, plan)) as run:
+        state, sums = run.train(plan.init(), run.no_metrics(), 3)
+        with saver.Saver(tmp_path, config) as saving:
+            saving.save(checkpoints.Snapshot(3, state, sums, 1.0, [], run.position()))
+    model, _ = checkpoints.load(tmp_path)
+    images = jnp.ones((2, 16, 16, 3))
+    expected = nnx.merge(plan.graphdef, state.params, state.batch_stats)
+    expected.eval()
+    np.testing.assert_array_equal(model(images), expected(images))
+    assert not same(state.batch_stats, plan.init().batch_stats)
+
+
+def test_export_is_every_parameter_and_average(copied, tmp_path):
+    import safetensors.numpy
+
+    file = tmp_path / "weights.safetensors"
+    command = [sys.executable, "-m", "training.export", copied, file, "--which", "last"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == f"{file}: 3 tensors of the last checkpoint\n", run.stderr
+    tensors = safetensors.numpy.load_file(file)
+    model, _ = checkpoints.load(copied, "last")
+    assert set(tensors) == {f"layers.{i}.kernel" for i in range(3)}
+    for i, layer in enumerate(model.layers):
+        np.testing.assert_array_equal(tensors[f"layers.{i}.kernel"], layer.kernel[...])
+
+    command[3:5] = [tmp_path / "nothing", file]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == f"error: --workdir {tmp_path / 'nothing'}: holds no checkpoint\n"
+
+
+def test_loading_needs_no_agd_jax(copied):
+    code = (
+        "import sys; from training import checkpoints; "
+        f"checkpoints.load({os.fspath(copied)!r}); assert 'agd_jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+RESUME_AND_WATCH = """
+import sys, traceback
+from pathlib import Path
+from training import checkpoints, loop
+from training.config import TrainConfig
+
+seen, found = set(), []
+def watch(event, arguments):
+    seen.add(event)
+    # tensorboardX hands its events from one thread to another in a queue that pickles.
+    if event == "pickle.find_class" and "tensorboardX" not in "".join(traceback.format_stack()):
+        found.append(arguments)
+
+config = TrainConfig(workdir=Path(sys.argv[1]), epochs=5, depth=3, width=16, train_bs=32)
+sys.addaudithook(watch)
+checkpoints.load(config.workdir)
+assert len(loop.train(config).records) == config.epochs
+assert "pickle.find_class" in seen and not found, found
+"""
+
+
+def test_nothing_of_a_workdir_is_unpickled(copied):
+    subprocess.run([sys.executable, "-c", RESUME_AND_WATCH, copied], cwd=ROOT, check=True)
+
+
+def test_a_bad_step_is_never_saved(tmp_path, monkeypatch):
+    original = loop.step.train_step
+
+    def train_step(*args):
+        state, measured = original(*args)
+        bad = jnp.where(state.step == 50, jnp.inf, measured.gradient_summary)
+        return state, measured._replace(gradient_summary=bad)
+
+    monkeypatch.setattr(loop.step, "train_step", train_step)
+    good = tmp_path / "checkpoints" / "44"
+    message = (
+        r"^the gradient summary was inf at step 50 \(epoch 2\), after an eta of 0\.\d+; "
+        f"the last good checkpoint is {good}$"
+    )
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match=message):
+            train(TrainConfig(workdir=tmp_path, **(FIELDS | {"save_every": "10min"})))
+        assert steps(tmp_path) == [44]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 3 MB, for those who may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs to be allowed to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint_and_no_training(small_disk, caplog, tmp_path):
+    workdir = small_disk / "run"
+    fields = FIELDS | {"width": 128, "epochs": 1, "save_every": "10min"}
+    train(TrainConfig(workdir=workdir, **fields))
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - 100_000)
+
+    with pytest.raises(saver.SaveError, match=r"cannot save in .*: .* MB needed, .* MB free"):
+        train(TrainConfig(workdir=workdir, **(fields | {"epochs": 3, "save_every": "50steps"})))
+    assert any("the checkpoints before this one stay" in r.getMessage() for r in caplog.records)
+    assert steps(workdir) == [44]
+
+    filler.unlink()
+    result = train(TrainConfig(workdir=workdir, **(fields | {"epochs": 3})))
+    whole = train(TrainConfig(workdir=tmp_path / "whole", **(fields | {"epochs": 3})))
+    assert same(result.state, whole.state)
+    assert untimed(result.records) == untimed(whole.records)

@@ -1,0 +1,185 @@
+"""A run that is interrupted and started again ends as if nothing had happened."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import chaos
+from tests.pictures import write_tree
+from training import stopping
+from training.config import TrainConfig
+from training.loop import train
+from training.stopping import Stopped
+
+ROOT = Path(__file__).parents[2]
+RESIDENT = {"epochs": 4, "depth": 3, "width": 16, "train_bs": 32, "platform": "cpu"}
+STREAMED = {
+    "dataset": "imagenet",
+    "image_size": 16,
+    "train_bs": 5,
+    "test_bs": 4,
+    "workers": 0,
+}
+
+
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def untimed(records):
+    return [{k: v for k, v in r.items() if k not in chaos.TIMINGS} for r in records]
+
+
+class AfterSomeTime:
+    """A request that comes when it has been asked after so many times."""
+
+    def __init__(self, patience):
+        self.patience = patience
+
+    @property
+    def signum(self):
+        self.patience -= 1
+        return signal.SIGTERM if self.patience < 0 else 0
+
+
+def interrupt_after(monkeypatch, patience):
+    def on_request():
+        return contextlib.nullcontext(AfterSomeTime(patience))
+
+    monkeypatch.setattr(stopping, "on_request", on_request)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        STREAMED,
+        # Steps one by one, tests that can be interrupted, running averages.
+        pytest.param({"arch": "resnet18", "epochs": 2, "train_bs": 400}, marks=pytest.mark.slow),
+    ],
+    ids=["resident", "streamed", "convolutional"],
+)
+def test_interrupted_again_and_again(tmp_path, monkeypatch, fields):
+    fields = RESIDENT | fields
+    if fields.get("dataset") == "imagenet":
+        fields["data_dir"] = str(write_tree(tmp_path / "imagenet", train=23, test=10))
+    whole = train(TrainConfig(workdir=tmp_path / "whole", **fields))
+
+    interruptions, config = 0, TrainConfig(workdir=tmp_path / "run", **fields)
+    while True:
+        # Longer and longer, so that all moments come and the end does too.
+        interrupt_after(monkeypatch, patience=interruptions)
+        try:
+            result = train(config)
+            break
+        except Stopped:
+            interruptions += 1
+    assert interruptions >= 4
+    assert same(result.state, whole.state)
+    assert untimed(result.records) == untimed(whole.records)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.records
+
+
+def test_more_epochs_go_on_from_the_end(tmp_path):
+    whole = train(TrainConfig(workdir=tmp_path / "whole", **RESIDENT))
+    for epochs in (1, 3, 4, 4):
+        fields = RESIDENT | {"epochs": epochs}
+        result = train(TrainConfig(workdir=tmp_path / "run", **fields))
+        assert len(result.records) == epochs
+    assert same(result.state, whole.state)
+    assert untimed(result.records) == untimed(whole.records)
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(tmp_path):
+    config = TrainConfig(workdir=tmp_path, **RESIDENT)
+    result = train(config)
+    metrics = tmp_path / "metrics.jsonl"
+    complete = metrics.read_text()
+    # As a killed process may leave it.
+    metrics.write_text(complete + '{"epoch": 5, "st')
+    assert untimed(train(config).records) == untimed(result.records)
+    assert metrics.read_text() == complete
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    seed = random.SystemRandom().randrange(1000)
+    flags = [*chaos.RESIDENT.split(), "--epochs", "20"]
+    kills, same = chaos.chaos(tmp_path, flags, runs=2, kills=6, rng=random.Random(seed))
+    assert same == 2, f"seed {seed}, {kills}"
+    assert kills, f"seed {seed}: none was killed"
+
+
+def start(workdir, *flags):
+    command = [sys.executable, ROOT / "train.py", "--platform", "cpu", "--workdir", workdir]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *map(str, flags)], **pipes)
+
+
+def wait_for_epochs(workdir):
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_is_answered_by_saving(tmp_path, signum, code):
+    process = start(tmp_path, "--epochs", 100_000)
+    wait_for_epochs(tmp_path)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    last = err.splitlines()[-1]
+    assert last.startswith(f"stopped: {signal.Signals(signum).name} after step ")
+    step = int(last.split("step ")[1].split(";")[0])
+    assert last.endswith(f"the same command with --workdir {tmp_path} goes on from there")
+    assert (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert "Traceback" not in err
+
+    epochs = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+    process = start(tmp_path, "--epochs", epochs + 1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"resumed   after step {step:,}, with {epochs} epochs done" in out
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with stopping.on_request() as request:
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signum == signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)
+        assert request.signum == signal.SIGINT
+        assert not ended
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [130]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_two_runs_do_not_share_a_workdir(tmp_path):
+    first = start(tmp_path, "--epochs", 100_000)
+    try:
+        wait_for_epochs(tmp_path)
+        second = start(tmp_path, "--epochs", 100_000)
+        _, err = second.communicate(timeout=60)
+        assert second.returncode == 2
+        assert err == f"error: --workdir {tmp_path}: another run is using it; give another\n"
+    finally:
+        first.kill()
+        first.communicate()

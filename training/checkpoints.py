@@ -1,0 +1,203 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped, written by Orbax.
+
+``workdir/checkpoints`` has a folder for each, named by its step, with three items: ``model``
+(parameters and running averages), ``training`` (step, optimiser state, metrics of the epoch under
+way) and ``run`` (JSON: config, records of the epochs so far, place in the data). Nothing in it is
+pickled or executed when it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from training import metrics, network
+from training.config import ConfigError, TrainConfig
+from training.metrics import TrainMetrics
+from training.workdir import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Which = Literal["best", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A run between two steps.
+
+    Attributes:
+      step: number of steps taken.
+      state: after them.
+      sums: metrics of the epoch under way.
+      seconds: for which that epoch has been trained.
+      records: of the epochs before it, as in ``metrics.jsonl``.
+      position: the place in the training data, as JSON has it.
+    """
+
+    step: int
+    state: TrainState
+    sums: TrainMetrics
+    seconds: float
+    records: list[dict]
+    position: dict
+
+
+def saved_config(workdir: Path) -> TrainConfig:
+    """The config of the run that left its checkpoints in a folder.
+
+    Raises:
+      ConfigError: if there are none, or none can be read.
+    """
+    with reading(folder_of(workdir)) as reader:
+        _, (run, _) = _last(workdir, reader, {})
+    return config_of(run)
+
+
+def read_model(workdir: Path, which: Which, like: dict) -> tuple[int, dict]:
+    """Reads the parameters and running averages of a checkpoint.
+
+    Args:
+      workdir: of a run.
+      which: the checkpoint of the epoch with the best test accuracy, or the last one.
+      like: their shapes with shardings, as ``{"params": ..., "batch_stats": ...}``.
+
+    Returns:
+      The step of the checkpoint, and the arrays, in the form of ``like``.
+
+    Raises:
+      ConfigError: if there is no such checkpoint, or it cannot be read.
+    """
+    like = {"model": like}
+    with reading(folder_of(workdir)) as reader:
+        step, (run, arrays) = _last(workdir, reader, like)
+        best = best_step(run, step)
+        if which == "best" and best != step:
+            step, path = best, folder_of(workdir) / str(best)
+            try:
+                _, arrays = read_items(reader, step, like)
+            except Exception as error:
+                raise ConfigError(f"{path}: cannot be read ({one_line(error)})") from error
+    return step, arrays["model"]
+
+
+def load(workdir: str | os.PathLike, which: Which = "best") -> tuple[nnx.Module, TrainConfig]:
+    """Loads a trained network.
+
+    >>> model, config = load("runs/cifar10-resnet18")  # doctest: +SKIP
+    >>> logits = model(images)  # doctest: +SKIP
+
+    Args:
+      workdir: of a run.
+      which: the checkpoint of the epoch with the best test accuracy, or the last one.
+
+    Returns:
+      The network, which maps pictures ``(batch, *config.spec.image_shape)``, normalised as
+      :func:`input_pipeline.batch.normalise` does, to logits ``(batch, config.spec.num_classes)``
+      and normalises by its running averages; and the config of the run.
+
+    Raises:
+      ConfigError: if there is no such checkpoint, or it cannot be read.
+    """
+    workdir = Path(workdir).expanduser()
+    config = saved_config(workdir)
+    with jax.enable_x64(config.precision == "f64"):
+        model = nnx.eval_shape(lambda: network.create(config))
+        graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        like = on_one_device({"params": params, "batch_stats": batch_stats})
+        _, saved = read_model(workdir, which, like)
+    model = nnx.merge(graphdef, saved["params"], saved["batch_stats"])
+    model.eval()
+    return model, config
+
+
+def folder_of(workdir: Path) -> Path:
+    """Where a run has its checkpoints."""
+    # TensorStore takes no relative paths.
+    return (workdir / CHECKPOINTS).absolute()
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    """A manager that is only to read, and waits for no other process."""
+    this = jax.process_index()
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        # Else one damaged checkpoint keeps it from opening.
+        lightweight_initialize=True,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"reader_{this}"
+        ),
+    )
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        yield manager
+
+
+def read_items(reader: ocp.CheckpointManager, step: int, like: dict) -> tuple[dict, dict]:
+    """Reads the item ``run`` of a checkpoint, and those others that are given the shapes of."""
+    arrays = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+    saved = reader.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **arrays))
+    return saved["run"], {name: saved[name] for name in like}
+
+
+def newest_readable(
+    reader: ocp.CheckpointManager, read: Callable[[int], T]
+) -> tuple[int | None, T | None, list[int]]:
+    """Reads the newest checkpoint that can be read, and names those that cannot.
+
+    Returns:
+      Its step and what was read, if there is one, and the steps of those that are damaged.
+    """
+    damaged: list[int] = []
+    for step in reversed(reader.all_steps()):
+        try:
+            return step, read(step), damaged
+        except ConfigError:
+            raise
+        except Exception as error:  # Orbax and TensorStore have many for damaged files.
+            log.warning("%s: cannot be read (%s)", reader.directory / str(step), one_line(error))
+            damaged.append(step)
+    return None, None, damaged
+
+
+def _last(workdir: Path, reader: ocp.CheckpointManager, like: dict) -> tuple[int, tuple]:
+    """What :func:`_read` gives of the newest checkpoint, of which there must be one."""
+    step, saved, damaged = newest_readable(reader, lambda step: read_items(reader, step, like))
+    if step is None:
+        problem = "none of its checkpoints can be read" if damaged else "holds no checkpoint"
+        raise ConfigError(f"--workdir {workdir}: {problem}")
+    return step, saved
+
+
+def config_of(run: dict) -> TrainConfig:
+    """The config in the item ``run`` of a checkpoint, resolved."""
+    return TrainConfig.from_json(run["config"]).resolved()
+
+
+def best_step(run: dict, step: int) -> int:
+    """The step of the best epoch; that of the checkpoint itself before any epoch has ended."""
+    return metrics.best(run["records"])["step"] if run["records"] else step
+
+
+def on_one_device(tree: Any) -> Any:
+    """The shapes of a tree, each array whole on the first device of this process."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def one_line(error: Exception) -> str:
+    """The end of the first line of an error's message, where long ones come to the point."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else f"... {line[-160:]}"

@@ -1,0 +1,267 @@
+"""Saving a run while it goes on, and going on from what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from training import metrics, processes
+from training.checkpoints import (
+    Snapshot,
+    best_step,
+    config_of,
+    folder_of,
+    newest_readable,
+    on_one_device,
+    one_line,
+    read_items,
+    reading,
+)
+from training.config import ConfigError, TrainConfig
+from training.metrics import TrainMetrics
+
+if TYPE_CHECKING:
+    from training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+# Better epochs that follow each other faster than this share a checkpoint.
+BEST_SECONDS = 10
+
+# Bytes of a checkpoint besides its arrays.
+SMALL_FILES = 200_000
+
+# What a checkpoint that cannot be read is called from then on.
+DAMAGED = ".damaged"
+
+
+class SaveError(Exception):
+    """The state that a run ends with could not be saved."""
+
+
+class Saver:
+    """The checkpoints of a run, saved while it goes on; a context manager around it.
+
+    A save that fails is a warning, and the checkpoints before it stay; only :meth:`finish` raises.
+    All processes call every method alike.
+    """
+
+    def __init__(self, workdir: Path, config: TrainConfig):
+        """Opens the folder, which is made if it is not there.
+
+        Args:
+          workdir: of the run.
+          config: of the run, resolved.
+        """
+        self._folder = folder_of(workdir)
+        self._config = config
+        self._seconds, self._steps = config.save_interval
+        self._preserved = _LatestAndBest(config.keep)
+        self._manager = self._open()
+        self._held: Snapshot | None = None
+        self._last_save = time.monotonic()
+        self._failure: str | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._preserved,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # To save takes all processes, of which only this one may have failed.
+        if kind is None or jax.process_count() == 1:
+            self.last_good()
+            self._manager.close()
+
+    def restore(self, state: TrainState, sums: TrainMetrics) -> Snapshot | None:
+        """Reads the newest checkpoint that can be read, if there is one.
+
+        Those that are newer and cannot are named, and called ``*.damaged`` from then on.
+
+        Args:
+          state: the shapes of one, with shardings.
+          sums: the same of its metrics.
+
+        Raises:
+          ConfigError: if it is of another run, or none can be read.
+        """
+        like = {
+            "model": {"params": state.params, "batch_stats": state.batch_stats},
+            "training": {"step": state.step, "opt_state": state.opt_state, "sums": sums},
+        }
+        found = processes.decide(lambda: str(self._newest_readable(like) or ""))
+        if not found:
+            return None
+        step = int(found)
+        with reading(self._folder) as reader:
+            run, arrays = read_items(reader, step, like)
+        # Orbax shares memory with what it has read, which buffers that are donated must not.
+        arrays = _copy(arrays)
+        training = arrays["training"]
+        state = dataclasses.replace(
+            state, step=training["step"], opt_state=training["opt_state"], **arrays["model"]
+        )
+        # Some may have been set aside.
+        self._manager.close()
+        self._manager = self._open()
+        self._preserved.best = best_step(run, step)
+        return Snapshot(
+            step, state, training["sums"], run["seconds"], run["records"], run["position"]
+        )
+
+    def _newest_readable(self, like: dict) -> int | None:
+        """Looks for the checkpoint to go on from: in one process, for all."""
+        here = on_one_device(like)
+
+        def read(step: int) -> None:
+            run, _ = read_items(reader, step, {})
+            self._config.check_same_run(config_of(run))
+            read_items(reader, step, here)
+
+        with reading(self._folder) as reader:
+            step, _, damaged = newest_readable(reader, read)
+        if damaged and step is None:
+            raise ConfigError(
+                f"--workdir {self._config.workdir}: none of its checkpoints can be read; --restart "
+                "begins afresh, and sets them aside"
+            )
+        for number in damaged:
+            path = self._folder / str(number)
+            path.rename(path.with_name(path.name + DAMAGED))
+        return step
+
+    def next_step(self, step: int) -> float:
+        """The next step after this one at which ``--save_every`` asks to save."""
+        return math.inf if self._steps is None else (step // self._steps + 1) * self._steps
+
+    def due(self, step: int, best: bool = False) -> bool:
+        """Whether it is time to save.
+
+        Args:
+          step: the last that was taken.
+          best: whether this is the end of the best epoch so far.
+        """
+        seconds = time.monotonic() - self._last_save
+        by_step = self._steps is not None and step % self._steps == 0
+        return by_step or seconds >= (min(self._seconds, BEST_SECONDS) if best else self._seconds)
+
+    def hold(self, snapshot: Snapshot) -> None:
+        """Keeps the state of the best epoch on the devices, to be saved before the next one."""
+        self._held = dataclasses.replace(snapshot, state=_copy(snapshot.state))
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begins to save, and returns when the state may be donated."""
+        if snapshot.records and metrics.best(snapshot.records)["step"] == snapshot.step:
+            # What is held has been surpassed.
+            self._held = None
+        self._write_held()
+        self._write(snapshot)
+        self._last_save = time.monotonic()
+
+    def last_good(self) -> Path | None:
+        """The newest checkpoint, when all is saved that there is to save."""
+        self._write_held()
+        self._wait()
+        step = self._manager.latest_step()
+        return None if step is None else self._folder / str(step)
+
+    def finish(self) -> None:
+        """Waits for the last save.
+
+        Raises:
+          SaveError: if it failed.
+        """
+        self._wait()
+        if self._failure is not None:
+            raise SaveError(self._failure)
+
+    def _write_held(self) -> None:
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._write(held)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        self._wait()
+        step, state = snapshot.step, snapshot.state
+        run = {
+            "config": self._config.to_json(),
+            "records": snapshot.records,
+            "seconds": snapshot.seconds,
+            "position": snapshot.position,
+        }
+        training = {"step": state.step, "opt_state": state.opt_state, "sums": snapshot.sums}
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave({"params": state.params, "batch_stats": state.batch_stats}),
+            training=ocp.args.StandardSave(training),
+            run=ocp.args.JsonSave(run),
+        )
+        self._preserved.best = best_step(run, step)
+        self._failure = None
+        try:
+            if lack := processes.decide(lambda: _lack_of_space(self._folder, items)):
+                raise OSError(lack)
+            if step in self._manager.all_steps():
+                # Of the same step, before it was tested.
+                self._manager.delete(step)
+            self._manager.save(step, args=items)
+        except Exception as error:  # Orbax and TensorStore have many for a full disk.
+            self._failed(error)
+
+    def _wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._failure = f"cannot save in {self._folder}: {one_line(error)}"
+        log.warning("%s; the checkpoints before this one stay", self._failure)
+        # A new one has forgotten the failure, and clears away what it has left.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = self._open()
+
+
+@dataclasses.dataclass
+class _LatestAndBest(preservation_policy.PreservationPolicy):
+    """Which checkpoints stay: so many of the newest, and that of the best epoch, a step."""
+
+    keep: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        newest = preservation_policy.LatestN(self.keep)
+        best = preservation_policy.CustomSteps([self.best])
+        both = preservation_policy.AnyPreservationPolicy([newest, best])
+        return both.should_preserve(checkpoints, context=context)
+
+
+def _lack_of_space(folder: Path, items: ocp.args.Composite) -> str:
+    """Says so if a save is bound to fail, for which Orbax would take many lines."""
+    arrays = jax.tree.leaves([items["model"].item, items["training"].item])
+    # Without what compression may save.
+    needed = sum(array.nbytes for array in arrays) + SMALL_FILES
+    free = shutil.disk_usage(folder).free
+    return "" if free >= needed else f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+
+
+def _copy(tree: Any) -> Any:
+    shardings = jax.tree.map(lambda x: x.sharding, tree)
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(tree)

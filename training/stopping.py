@@ -1,0 +1,71 @@
+"""SIGTERM and Ctrl-C: a run finishes its step, saves itself, and ends."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):  # noqa: N818, nothing went wrong
+    """A run was asked to end, and has saved itself.
+
+    Attributes:
+      signum: the number of the signal that asked.
+    """
+
+    def __init__(self, signum: int, saved: Path):
+        """Says where it goes on.
+
+        Args:
+          signum: the number of the signal.
+          saved: the last checkpoint.
+        """
+        super().__init__(
+            f"{signal.Signals(signum).name} after step {saved.name}; the same command with "
+            f"--workdir {saved.parent.parent} goes on from there"
+        )
+        self.signum = signum
+
+
+@dataclass
+class Request:
+    """Whether the run is asked to end.
+
+    Attributes:
+      signum: the number of the signal that asks, or 0.
+    """
+
+    signum: int = 0
+
+
+@contextmanager
+def on_request() -> Iterator[Request]:
+    """While it is open, SIGTERM and SIGINT only make a request; a second SIGINT ends at once.
+
+    In another thread than the main one, where Python handles no signals, there is never a request.
+    """
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(signum: int, frame: object) -> None:
+        if request.signum == signum == signal.SIGINT:
+            # Not an exception, which would wait for threads and for what is being saved.
+            os._exit(128 + signum)
+        request.signum = signum
+        if signum == signal.SIGINT:
+            # Not print, which may be what was interrupted.
+            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")
+
+    before = {signum: signal.signal(signum, note) for signum in SIGNALS}
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
