@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from training import metrics, processes, stopping
+from training import metrics, peers, processes, stopping
 from training.checkpoints import Snapshot
 from training.config import TrainConfig
 from training.reporting import Reporter
@@ -41,7 +41,8 @@ def train_epochs(
     start = time.perf_counter()
     snapshot = dataclasses.replace(snapshot, state=run.compile(snapshot.state))
     reporter.begin(time.perf_counter() - start)
-    with stopping.on_request() as request:
+    together = (NonFiniteError, Stopped)
+    with peers.watched(config, together), stopping.on_request() as request:
         while len(snapshot.records) < config.epochs:
             snapshot = train_epoch(run, snapshot, reporter, saver, request)
             snapshot = test_epoch(run, snapshot, config.epochs, reporter, saver, request)

@@ -112,6 +112,7 @@ def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, lo
     finish(both[lost])
     assert time.monotonic() - killed < 60
     assert code != 0
+    assert f"process {lost} of 2 is lost" in err
 
     saved = max(
         int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("*") if p.name.isdigit()
