@@ -1,10 +1,14 @@
 import io
+import os
 
 import pytest
 from PIL import Image
 
 from input_pipeline.sources import data_path
 from tests.pictures import small_pictures
+
+# What earlier runs have compiled is not to decide how a test ends. Read when JAX is imported.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 @pytest.fixture

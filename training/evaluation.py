@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from training import checkpoints, loop, metrics, processes, sharding
+from training import checkpoints, compilation_cache, loop, metrics, processes, sharding
 from training.checkpoints import Which
 from training.config import IDENTITY, TrainConfig
 from training.state import TrainState
@@ -48,6 +48,7 @@ def evaluate(given: TrainConfig) -> list[Tested]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(config.precision == "f64"))
         mesh = sharding.make_mesh(config)
+        compilation_cache.enable(mesh.devices.flat[0].platform)
         data = loop.load_data(config)
         plan = loop.build_plan(config, mesh)
         run = stack.enter_context(contextlib.closing(loop.build_run(config, mesh, data, plan)))

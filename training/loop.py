@@ -14,7 +14,7 @@ import agd_jax
 from input_pipeline import sources
 from input_pipeline.imagenet import Sources
 from input_pipeline.sources import Arrays
-from training import epochs, network, processes, sharding, step, workdir
+from training import compilation_cache, epochs, network, processes, sharding, step, workdir
 from training.checkpoints import Snapshot
 from training.config import ConfigError, TrainConfig
 from training.losses import LOSSES
@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> Result:
         enter = stack.enter_context
         enter(jax.enable_x64(config.precision == "f64"))
         mesh = sharding.make_mesh(config)
+        compilation_cache.enable(mesh.devices.flat[0].platform)
         data = load_data(config)
         check_batch_fits(config, data)
         plan = build_plan(config, mesh)

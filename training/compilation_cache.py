@@ -1,0 +1,48 @@
+"""Keeps what is compiled in a folder of the user, for the next run of the kind to start at once."""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+# Programs that compile faster are not worth a file.
+MIN_SECONDS = 0.1
+
+
+def enable(platform: str) -> None:
+    """Keeps what is compiled, in ``$XDG_CACHE_HOME/agd-jax`` or ``~/.cache/agd-jax``.
+
+    Does nothing where JAX has been told of a folder (``$JAX_COMPILATION_CACHE_DIR``) or to keep
+    nothing (``$JAX_ENABLE_COMPILATION_CACHE``), nor on CPUs that cannot use what is kept.
+
+    Args:
+      platform: of the devices, "cpu", "gpu" or "tpu".
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "agd-jax"
+    if platform == "cpu":
+        machine = _reusing_cpu()
+        if machine is None:
+            return
+        folder /= machine
+    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+
+
+def _reusing_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """A name for CPUs that understand the same instructions; None where none can be reused.
+
+    XLA rejects with many lines what it has compiled for Intel's CPUs (jax-ml/jax#38445), and can
+    crash on what it has for Apple's.
+    """
+    if sys.platform != "linux" or not cpuinfo.exists():
+        return None
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    facts = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    flags = facts.get("flags") or facts.get("Features")  # on x86 and on ARM
+    if flags is None or facts.get("vendor_id") == "GenuineIntel":
+        return None
+    return f"cpu-{hashlib.sha256(flags.encode()).hexdigest()[:16]}"
