@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.convolution import convolve
+
 
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation without scale and offset.
@@ -66,5 +68,11 @@ def conv(
         use_bias=False,
         dtype=dtype,
         param_dtype=param_dtype,
+        conv_general_dilated=_convolve,
         rngs=rngs,
     )
+
+
+def _convolve(x, kernel, strides, padding, **_) -> jax.Array:
+    # What else Flax passes are dilations and groups, of which there are none here.
+    return convolve(x, kernel, strides, padding)

@@ -1,0 +1,333 @@
+"""One convolution: XLA's own wherever it is lowered for an accelerator, and on a CPU what is quick.
+
+XLA's convolutions for CPUs use one thread where a map is narrow, spend a hundred times too long on
+maps of 2x2, and twice as long as a matrix product for the gradient of a kernel. Its matrix
+products, though, run at the machine's peak. So on a CPU the output, the gradient of the input and
+that of the kernel are each computed in one of three forms:
+
+- ``native``: :func:`jax.lax.conv_general_dilated` and its gradients;
+- ``taps``: one matrix product for each of the kernel's taps, over the pixels that meet it;
+- ``winograd``: F(2x2, 3x3) of Lavin and Gray, arXiv:1509.09308: of each 4x4 tile of the input and
+  the 3x3 kernel, 16 linear combinations, 16 matrix products of those, and four combinations of
+  the products for each 2x2 tile of the output: 4 multiplications for a pixel in the place of 9.
+
+Which one is a function of the shapes, :func:`form_of`, that was chosen by measuring them,
+with ``benchmarks/convolution.py``. Arrays are ``(batch, height, width, channels)`` and kernels
+``(height, width, inputs, outputs)``, of any floating dtype, in which the result is too.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+# F(2x2, 3x3): a tile is mapped by INPUT, a kernel by KERNEL, and their product by OUTPUT.
+INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
+
+# Fewer channels than this, of a picture, are too few for a matrix product.
+NARROW = 16
+# Up to this height and width, a map is so small that XLA's strided convolutions are slow.
+SMALL = 8
+
+
+class Window(NamedTuple):
+    """How a kernel moves over a map: the same in both directions, and padding on all sides."""
+
+    stride: int
+    padding: int
+
+    def size(self, map_size: int, kernel_size: int) -> int:
+        """The size of the output's map."""
+        return (map_size + 2 * self.padding - kernel_size) // self.stride + 1
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Convolves with zero padding, as :func:`jax.lax.conv_general_dilated` does.
+
+    Args:
+      x: ``(batch, height, width, inputs)``.
+      kernel: ``(kernel height, kernel width, inputs, outputs)``, of the same dtype.
+      strides: of both directions, which must be equal.
+      padding: zeros before and after, in both directions, which must all be equal.
+
+    Returns:
+      ``(batch, height', width', outputs)``.
+    """
+    (stride,), (pad,) = set(strides), set(itertools.chain(*padding))
+    return _convolve(x, kernel, Window(stride, pad))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=_quickest("output", x, kernel, window),
+        default=functools.partial(native_output, window=window),
+    )
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array, window: Window):
+    return _convolve(x, kernel, window), (x, kernel)
+
+
+def _convolve_backward(window: Window, kept: tuple[jax.Array, jax.Array], dy: jax.Array):
+    x, kernel = kept
+    return (
+        lax.platform_dependent(
+            x,
+            kernel,
+            dy,
+            cpu=_quickest("input", x, kernel, window),
+            default=functools.partial(native_input_gradient, window=window),
+        ),
+        lax.platform_dependent(
+            x,
+            kernel,
+            dy,
+            cpu=_quickest("kernel", x, kernel, window),
+            default=functools.partial(native_kernel_gradient, window=window),
+        ),
+    )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def form_of(what: str, map_size: Sequence[int], kernel_shape: Sequence[int], window: Window) -> str:
+    """Which form is the quickest on a CPU, as ``benchmarks/convolution.py`` measured them.
+
+    Args:
+      what: ``output``, or of what the gradient is: ``input`` or ``kernel``.
+      map_size: height and width of the input.
+      kernel_shape: of all four axes.
+      window: how it moves.
+    """
+    height, width, *channels = kernel_shape
+    if min(channels) < NARROW:
+        return "native"
+    if (height, width) == (1, 1):
+        return "taps"
+    if (height, width) == (3, 3) and window.stride == 1 and window.padding <= 2:
+        return "winograd" if max(map_size) > 2 else "taps"
+    return "native" if what == "output" and max(map_size) > SMALL else "taps"
+
+
+def _quickest(what: str, x: jax.Array, kernel: jax.Array, window: Window):
+    form = form_of(what, x.shape[1:3], kernel.shape, window)
+    return functools.partial(FORMS[what][form], window=window)
+
+
+# The three forms of the output.
+
+
+def native_output(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """What XLA has."""
+    stride, padding = (window.stride,) * 2, ((window.padding,) * 2,) * 2
+    return lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=DIMENSIONS)
+
+
+def taps_output(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """The sum, over the kernel's taps, of the products with the pixels that each one meets."""
+    y = 0
+    for tap in taps(x.shape[1:3], kernel.shape[:2], window):
+        y = y + lax.pad(tap.of_input(x) @ kernel[tap.place], jnp.zeros((), x.dtype), tap.around)
+    return y
+
+
+def winograd_output(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """By 2x2 tiles of the output."""
+    return _winograd(x, kernel, window, inputs=0)
+
+
+def _winograd(x: jax.Array, kernel: jax.Array, window: Window, inputs: int) -> jax.Array:
+    """The axis of the inputs is 0 or 1 of each tap's matrix: transposing 16 of them is slow."""
+    height, width = (window.size(n, 3) for n in x.shape[1:3])
+    tiles, mapped = input_tiles(x, window), _map2(KERNEL, [list(row) for row in kernel])
+    product = lambda tile, k: lax.dot_general(tile, k, (((3,), (inputs,)), ((), ())))
+    phases = _map2(OUTPUT, _pairwise(product, tiles, mapped))
+    y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
+    batch, rows, _, columns, _, outputs = y.shape
+    return y.reshape(batch, 2 * rows, 2 * columns, outputs)[:, :height, :width]
+
+
+# The three forms of the input's gradient.
+
+
+def native_input_gradient(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
+) -> jax.Array:
+    """What XLA has; only the shape of ``x`` counts."""
+    return jax.vjp(lambda x: native_output(x, kernel, window), x)[1](dy)[0]
+
+
+def taps_input_gradient(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
+) -> jax.Array:
+    """What each tap hands back to the pixels that it met."""
+    dx = 0
+    for tap in taps(x.shape[1:3], kernel.shape[:2], window):
+        product = tap.of_output(dy) @ kernel[tap.place].T
+        dx = dx + lax.pad(product, jnp.zeros((), dy.dtype), tap.spread)
+    return dx
+
+
+def winograd_input_gradient(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
+) -> jax.Array:
+    """The convolution of the gradient with the kernel turned by half a turn."""
+    return _winograd(dy, kernel[::-1, ::-1], Window(1, 2 - window.padding), inputs=1)
+
+
+# The three forms of the kernel's gradient.
+
+
+def native_kernel_gradient(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
+) -> jax.Array:
+    """What XLA has; only the shape of ``kernel`` counts."""
+    return jax.vjp(lambda kernel: native_output(x, kernel, window), kernel)[1](dy)[0]
+
+
+def taps_kernel_gradient(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
+) -> jax.Array:
+    """For each tap, the products of the pixels that it met with what became of them."""
+    found = [
+        _over_pixels(tap.of_input(x), tap.of_output(dy))
+        for tap in taps(x.shape[1:3], kernel.shape[:2], window)
+    ]
+    return jnp.stack(found).reshape(kernel.shape)
+
+
+def winograd_kernel_gradient(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
+) -> jax.Array:
+    """The transpose of :func:`winograd_output`, which is linear in the kernel."""
+    tiles = input_tiles(x, window)
+    rows, columns = tiles[0][0].shape[1:3]
+    dy = _pad_to(dy, 2 * rows, 2 * columns)
+    phases = [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)]
+    mapped = _map2(_transposed(OUTPUT), phases)
+    found = _map2(_transposed(KERNEL), _pairwise(_over_pixels, tiles, mapped))
+    return jnp.stack([jnp.stack(row) for row in found])
+
+
+# What they share.
+
+
+class Tap(NamedTuple):
+    """One tap of a kernel, and the pixels that meet it.
+
+    Attributes:
+      place: in the kernel.
+      inputs: for both directions, ``(start, stop, step)`` of the pixels of the input.
+      outputs: likewise of the output, with steps of 1.
+      around: the configuration of :func:`jax.lax.pad` that puts those back into a whole output.
+      spread: that which puts the pixels of the input back into a whole input.
+    """
+
+    place: tuple[int, int]
+    inputs: tuple[tuple[int, int, int], ...]
+    outputs: tuple[tuple[int, int, int], ...]
+    around: tuple[tuple[int, int, int], ...]
+    spread: tuple[tuple[int, int, int], ...]
+
+    def of_input(self, x: jax.Array) -> jax.Array:
+        """The pixels of the input that meet it."""
+        rows, columns = self.inputs
+        return x[:, slice(*rows), slice(*columns)]
+
+    def of_output(self, y: jax.Array) -> jax.Array:
+        """The pixels of the output that they become."""
+        rows, columns = self.outputs
+        return y[:, slice(*rows), slice(*columns)]
+
+
+def taps(map_size: Sequence[int], kernel_size: Sequence[int], window: Window) -> Iterator[Tap]:
+    """The taps of a kernel, row by row."""
+    for place in itertools.product(*map(range, kernel_size)):
+        inputs, outputs, around, spread = [], [], [(0, 0, 0)], [(0, 0, 0)]
+        for at, size, taps in zip(place, map_size, kernel_size, strict=True):
+            whole = window.size(size, taps)
+            shift = at - window.padding
+            first = min(max(0, -(shift // window.stride)), whole)
+            stop = max(first, min(whole, (size - 1 - shift) // window.stride + 1))
+            start = first * window.stride + shift
+            end = max(start, start + (stop - first - 1) * window.stride + 1)
+            inputs.append((start, end, window.stride))
+            outputs.append((first, stop, 1))
+            around.append((first, whole - stop, 0))
+            spread.append((start, size - end, window.stride - 1))
+        yield Tap(place, tuple(inputs), tuple(outputs), (*around, (0, 0, 0)), (*spread, (0, 0, 0)))
+
+
+def input_tiles(x: jax.Array, window: Window) -> list[list[jax.Array]]:
+    """The mapped 4x4 tiles of the input: 4 by 4 arrays ``(batch, tile rows, columns, inputs)``."""
+    rows, columns = (-(-window.size(n, 3) // 2) for n in x.shape[1:3])
+    x = _pad_to(x, 2 * rows + 2, 2 * columns + 2, before=window.padding)
+    # Without the barrier whatever made x is fused into each of 16 arrays, and done 36 times.
+    x = lax.optimization_barrier(x)
+    pixels = [
+        [x[:, i : i + 2 * rows : 2, j : j + 2 * columns : 2] for j in range(4)] for i in range(4)
+    ]
+    return _map2(INPUT, pixels)
+
+
+def _map2(matrix: Sequence[Sequence[float]], grid: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    """``matrix @ grid @ matrix.T`` for a grid of arrays."""
+    rows = [[_combine(weights, column) for column in zip(*grid, strict=True)] for weights in matrix]
+    return [[_combine(weights, row) for weights in matrix] for row in rows]
+
+
+def _combine(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
+    return sum(a if w == 1 else w * a for w, a in zip(weights, arrays, strict=True) if w)
+
+
+def _transposed(matrix: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    return list(zip(*matrix, strict=True))
+
+
+def _pairwise(function, first: list[list], second: list[list]) -> list[list]:
+    return [list(map(function, *rows)) for rows in zip(first, second, strict=True)]
+
+
+def _pad_to(x: jax.Array, height: int, width: int, before: int = 0) -> jax.Array:
+    """Pads maps with zeros, on one side as many as given, to a size."""
+    _, rows, columns, _ = x.shape
+    sides = (before, height - before - rows, 0), (before, width - before - columns, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *sides, (0, 0, 0)))
+
+
+def _over_pixels(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The sum over pixels of outer products, ``(inputs, outputs)``."""
+    # As matrices: of arrays with more axes XLA would transpose the first before the product.
+    x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())))
+
+
+FORMS = {
+    "output": {"native": native_output, "taps": taps_output, "winograd": winograd_output},
+    "input": {
+        "native": native_input_gradient,
+        "taps": taps_input_gradient,
+        "winograd": winograd_input_gradient,
+    },
+    "kernel": {
+        "native": native_kernel_gradient,
+        "taps": taps_kernel_gradient,
+        "winograd": winograd_kernel_gradient,
+    },
+}
