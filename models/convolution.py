@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -155,10 +156,10 @@ def winograd_output(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Arra
 def _winograd(x: jax.Array, kernel: jax.Array, window: Window, inputs: int) -> jax.Array:
     """The axis of the inputs is 0 or 1 of each tap's matrix: transposing 16 of them is slow."""
     height, width = (window.size(n, 3) for n in x.shape[1:3])
-    tiles, mapped = input_tiles(x, window), _map2(KERNEL, [list(row) for row in kernel])
-    product = lambda tile, k: lax.dot_general(tile, k, (((3,), (inputs,)), ((), ())))
-    phases = _map2(OUTPUT, _pairwise(product, tiles, mapped))
-    y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
+    tiles, mapped = input_tiles(x, window), _map2(KERNEL, list(map(list, kernel)))
+    products = [_products(*pair, (2, inputs + 1)) for pair in zip(tiles, mapped, strict=True)]
+    products = [p.reshape(*t.shape[:-1], -1) for p, t in zip(products, tiles, strict=True)]
+    y = jnp.stack(_map2(OUTPUT, list(map(list, products)), axis=3), axis=2)
     batch, rows, _, columns, _, outputs = y.shape
     return y.reshape(batch, 2 * rows, 2 * columns, outputs)[:, :height, :width]
 
@@ -217,12 +218,12 @@ def winograd_kernel_gradient(
 ) -> jax.Array:
     """The transpose of :func:`winograd_output`, which is linear in the kernel."""
     tiles = input_tiles(x, window)
-    rows, columns = tiles[0][0].shape[1:3]
-    dy = _pad_to(dy, 2 * rows, 2 * columns)
+    rows, columns = tiles[0].shape[2:4]
+    dy = lax.optimization_barrier(_pad_to(dy, 2 * rows, 2 * columns))
     phases = [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)]
     mapped = _map2(_transposed(OUTPUT), phases)
-    found = _map2(_transposed(KERNEL), _pairwise(_over_pixels, tiles, mapped))
-    return jnp.stack([jnp.stack(row) for row in found])
+    products = [_products(*pair, (1, 1)) for pair in zip(tiles, mapped, strict=True)]
+    return jnp.stack(_map2(_transposed(KERNEL), list(map(list, products))))
 
 
 # What they share.
@@ -274,11 +275,11 @@ def taps(map_size: Sequence[int], kernel_size: Sequence[int], window: Window) ->
         yield Tap(place, tuple(inputs), tuple(outputs), (*around, (0, 0, 0)), (*spread, (0, 0, 0)))
 
 
-def input_tiles(x: jax.Array, window: Window) -> list[list[jax.Array]]:
-    """The mapped 4x4 tiles of the input: 4 by 4 arrays ``(batch, tile rows, columns, inputs)``."""
+def input_tiles(x: jax.Array, window: Window) -> list[jax.Array]:
+    """The mapped 4x4 tiles of the input: 4 arrays ``(4, batch, tile rows, columns, inputs)``."""
     rows, columns = (-(-window.size(n, 3) // 2) for n in x.shape[1:3])
     x = _pad_to(x, 2 * rows + 2, 2 * columns + 2, before=window.padding)
-    # Without the barrier whatever made x is fused into each of 16 arrays, and done 36 times.
+    # Without the barrier whatever made x is fused into each of the four, and done many times.
     x = lax.optimization_barrier(x)
     pixels = [
         [x[:, i : i + 2 * rows : 2, j : j + 2 * columns : 2] for j in range(4)] for i in range(4)
@@ -286,22 +287,42 @@ def input_tiles(x: jax.Array, window: Window) -> list[list[jax.Array]]:
     return _map2(INPUT, pixels)
 
 
-def _map2(matrix: Sequence[Sequence[float]], grid: list[list[jax.Array]]) -> list[list[jax.Array]]:
-    """``matrix @ grid @ matrix.T`` for a grid of arrays."""
+def _map2(
+    matrix: Sequence[Sequence[float]], grid: list[list[jax.Array]], axis: int = 0
+) -> list[jax.Array]:
+    """``matrix @ grid @ matrix.T`` for a grid of arrays.
+
+    Returns:
+      Its rows, in each of which a new axis counts the columns. 16 arrays by themselves would be
+      a little quicker, but as many loops to compile for each use of this.
+    """
     rows = [[_combine(weights, column) for column in zip(*grid, strict=True)] for weights in matrix]
-    return [[_combine(weights, row) for weights in matrix] for row in rows]
+    return [_mix(matrix, row, axis) for row in rows]
 
 
 def _combine(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
     return sum(a if w == 1 else w * a for w, a in zip(weights, arrays, strict=True) if w)
 
 
+def _mix(matrix: Sequence[Sequence[float]], arrays: list[jax.Array], axis: int) -> jax.Array:
+    """``matrix @ arrays``, with a new axis."""
+    others = [i for i in range(arrays[0].ndim + 1) if i != axis]
+    weights = np.expand_dims(np.array(matrix).T, [i + 1 for i in others])
+    return sum(
+        jnp.asarray(w, a.dtype) * jnp.expand_dims(a, axis)
+        for w, a in zip(weights, arrays, strict=True)
+    )
+
+
+def _products(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """Products of 4 pairs of matrices, over one axis of each; of tiles, the pixels are one axis."""
+    x, y = (a.reshape(4, -1, a.shape[-1]) for a in (x, y))
+    first, second = contracted
+    return lax.dot_general(x, y, (((first,), (second,)), ((0,), (0,))))
+
+
 def _transposed(matrix: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
     return list(zip(*matrix, strict=True))
-
-
-def _pairwise(function, first: list[list], second: list[list]) -> list[list]:
-    return [list(map(function, *rows)) for rows in zip(first, second, strict=True)]
 
 
 def _pad_to(x: jax.Array, height: int, width: int, before: int = 0) -> jax.Array:
