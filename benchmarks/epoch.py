@@ -189,7 +189,7 @@ def times(options: Options, ours: Ours, peer: pytorch_peer.Peer) -> None:
     peaks = []
     for _ in range(options.turns):
         for key, task in tasks.items():
-            repeats = 1 if key[0] == "epoch" else 5
+            repeats = 1 if key[0] == "epoch" else 3
             seconds[key].append(scales[key[0]] * min(timed(task) for _ in range(repeats)))
         peaks.append(peak())
     part = "" if steps == per_epoch else f", of which {steps} were taken"
