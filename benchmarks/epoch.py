@@ -16,7 +16,6 @@ direct convolutions, on both sides.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -33,13 +32,9 @@ import tyro
 from flax import nnx
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
-import agd_jax
 from benchmarks import pytorch_peer
+from benchmarks.ours import Ours
 from input_pipeline.batch import Batch, normalise
-from training import loop, sharding
-from training.config import TrainConfig
-from training.losses import LOSSES
-from training.step import train_step
 
 # Our names of parameters, in the order in which the peer has them.
 RANK = {"stem": 0, "layers": 1, "convs": 1, "blocks": 1, "shortcut": 2, "head": 2, "kernel": 0}
@@ -67,51 +62,17 @@ class Options:
     """Processes of its DataLoader."""
 
 
-class Ours:
-    """A run of this project."""
-
-    def __init__(self, options: Options):
-        config = TrainConfig(
-            arch=options.arch,
-            dataset="cifar10",
-            data_dir=options.data_dir,
-            train_bs=options.batch_size,
-            test_bs=options.batch_size,
-        ).resolved()
-        mesh = sharding.make_mesh(config)
-        self.spec, self.data = config.spec, loop.load_data(config)
-        self.graphdef, self.state = loop.build_state(config, mesh)
-        self.run = loop.build_run(config, mesh, self.data, self.graphdef, self.state)
-        self.state = self.run.compile(self.state)
-        step = functools.partial(train_step, self.graphdef, agd_jax.agd(), LOSSES[config.loss])
-        self._step = jax.jit(step, donate_argnums=0)
-
-    def train(self, steps: int) -> None:
-        """Takes steps of the run, as many as an epoch has or fewer."""
-        # From the start of an epoch, wherever other steps left off.
-        self.state = dataclasses.replace(self.state, step=jnp.zeros_like(self.state.step))
-        self.state, _ = self.run.train(self.state, self.run.no_metrics(), steps)
-        jax.block_until_ready(self.state)
-
-    def step(self, batch: Batch) -> float:
-        """Takes a step on a batch; returns the loss before it."""
-        self.state, measured = self._step(self.state, batch)
-        return float(measured.sums.loss / measured.sums.examples)
-
-
 def build_peer(options: Options, ours: Ours) -> pytorch_peer.Peer:
     """The peer, on the same pictures and from the weights that ours has now."""
     import torch
 
-    train = ours.data.train
     peer = pytorch_peer.build(
         options.arch,
         ours.spec,
-        np.asarray(train.images),
-        np.asarray(train.labels),
+        *ours.data.train,
         options.batch_size,
-        options.threads,
-        options.workers,
+        threads=options.threads,
+        workers=options.workers,
     )
     with torch.no_grad():
         weights = as_pytorch(ours.state.params, ours.spec.image_shape)
@@ -142,7 +103,7 @@ def main(options: Options) -> None:
     """Prints the tables of ``benchmarks/RESULTS.md``."""
     if options.arch not in pytorch_peer.NETWORKS:
         sys.exit(f"error: --arch must be one of {', '.join(pytorch_peer.NETWORKS)}")
-    ours = Ours(options)
+    ours = Ours(options.arch, options.batch_size, options.data_dir)
     peer = build_peer(options, ours)
     check(options, ours, peer)
     times(options, ours, peer)
