@@ -16,11 +16,10 @@ def run(script, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["fcn", "vgg16", "resnet18"])
-def test_the_peer_has_the_same_losses(prepared, arch):
+def test_losses_times_and_shares_are_printed(prepared):
     pytest.importorskip("torch")
     data = prepared("cifar10", train=48, test=16)
-    flags = f"--arch {arch} --batch_size 16 --checked 2 --steps 1 --turns 1 --workers 0"
+    flags = "--arch fcn --batch_size 16 --checked 2 --steps 1 --turns 1 --workers 0"
     out = run("epoch.py", "--data_dir", data, *flags.split())
     differences = re.findall(r"^ +\d +[\d.]+ +[\d.]+ +(\S+)$", out, re.MULTILINE)
     assert len(differences) == 2
