@@ -123,7 +123,7 @@ def form_of(what: str, map_size: Sequence[int], kernel_shape: Sequence[int], win
         return "taps"
     if (height, width) == (3, 3) and window.stride == 1 and window.padding <= 2:
         return "winograd" if max(map_size) > 2 else "taps"
-    return "native" if what == "output" and max(map_size) > SMALL else "taps"
+    return "native" if what != "kernel" and max(map_size) > SMALL else "taps"
 
 
 def _quickest(what: str, x: jax.Array, kernel: jax.Array, window: Window):
