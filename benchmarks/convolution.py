@@ -25,7 +25,6 @@ import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
 from models.convolution import FORMS, Window, form_of
-from training import allocation
 
 # Side of the map, inputs, outputs, side of the kernel, stride.
 LAYERS = (
@@ -70,8 +69,6 @@ class Options:
 
 def main(options: Options) -> None:
     """Prints a table for each batch size."""
-    # As in training; or the time would go by in asking for memory.
-    allocation.keep_freed_memory()
     clock = time.perf_counter if options.wall else time.process_time
     for batch_size in options.batch_sizes:
         print(f"\nbatch {batch_size:3d}: ms of native, and how many times as fast others are")

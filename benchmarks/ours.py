@@ -33,10 +33,10 @@ class Ours:
         ).resolved()
         mesh = sharding.make_mesh(config)
         self.spec, self.data = config.spec, loop.load_data(config)
-        graphdef, self.state = loop.build_state(config, mesh)
-        self.run = loop.build_run(config, mesh, self.data, graphdef, self.state)
-        self.state = self.run.compile(self.state)
-        step = functools.partial(train_step, graphdef, agd_jax.agd(), LOSSES[config.loss])
+        plan = loop.build_plan(config, mesh)
+        self.run = loop.build_run(config, mesh, self.data, plan)
+        self.state = self.run.compile(plan.init())
+        step = functools.partial(train_step, plan.graphdef, agd_jax.agd(), LOSSES[config.loss])
         self._step = jax.jit(step, donate_argnums=0)
 
     def train(self, steps: int) -> None:

@@ -10,7 +10,7 @@ from input_pipeline import resident
 from input_pipeline.batch import Batch
 from input_pipeline.sources import Arrays, Split
 from input_pipeline.specs import DatasetSpec
-from training import allocation, metrics, sharding
+from training import metrics, sharding
 from training.metrics import Metrics, TrainMetrics
 from training.state import TrainState
 
@@ -68,9 +68,6 @@ class ResidentRun:
         self._shuffle_key, self._augment_key = jax.random.split(key)
         self._epoch, self._order = None, None
         self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
-        if self._one_by_one:
-            # Each of these steps asks for its memory anew.
-            allocation.keep_freed_memory()
 
         def shuffle(key: jax.Array, epoch: jax.Array) -> jax.Array:
             return resident.epoch_order(key, epoch, len(data.train.labels))

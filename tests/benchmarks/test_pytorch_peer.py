@@ -33,7 +33,8 @@ def test_the_peer_has_the_same_losses(arch):
     peer = pytorch_peer.Peer(network, loader=None)
     with jax.enable_x64(True):
         config = TrainConfig(arch=arch, dataset="cifar10", train_bs=16, precision="f64").resolved()
-        graphdef, state = loop.build_state(config, sharding.make_mesh(config))
+        graphdef, _, init = loop.build_plan(config, sharding.make_mesh(config))
+        state = init()
         with torch.no_grad():
             weights = epoch.as_pytorch(state.params, SHAPE)
             for parameter, weight in zip(network.parameters(), weights, strict=True):
