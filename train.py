@@ -2,13 +2,14 @@
 """Trains a network with automatic gradient descent: reads the flags, runs, says what went wrong."""
 
 import logging
-import signal
 import sys
 
 import tyro
 
 from input_pipeline.errors import DataError
+from training import stopping
 from training.config import ConfigError, TrainConfig
+from training.workdir import SaveError
 
 
 def main() -> int:
@@ -16,8 +17,7 @@ def main() -> int:
 
     One that a signal ended has 128 and the signal's number, 143 for SIGTERM and 130 for Ctrl-C.
     """
-    # Until there is something to save, SIGTERM ends it at once.
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    stopping.end_at_once()
     config = tyro.cli(TrainConfig, use_underscores=True)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("input_pipeline").setLevel(logging.INFO)
@@ -29,9 +29,6 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def train(config: TrainConfig) -> int:
@@ -39,15 +36,13 @@ def train(config: TrainConfig) -> int:
     config.resolved()  # Before JAX is imported, so that a wrong flag is answered at once.
     from training import loop
     from training.epochs import NonFiniteError
-    from training.saver import SaveError
-    from training.stopping import Stopped
 
     try:
         loop.train(config)
-    except (NonFiniteError, SaveError, OSError) as error:
+    except (NonFiniteError, SaveError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    except Stopped as stopped:
+    except stopping.Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
     return 0
@@ -55,8 +50,7 @@ def train(config: TrainConfig) -> int:
 
 def evaluate(config: TrainConfig) -> int:
     """Tests what a run has left, and prints it."""
-    if config.workdir is None:
-        raise ConfigError("--eval_only: give the --workdir of the run that is meant")
+    config.to_test()  # As above.
     from training import console, evaluation, processes
 
     tested = evaluation.evaluate(config)

@@ -238,8 +238,9 @@ def _begin_worker() -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    # Ctrl-C reaches the whole group of processes; the parent is the one to answer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals reach the whole group of processes, or job; the parent is the one to answer.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
     def follow():
         parent.join()

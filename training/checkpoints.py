@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What the record of an epoch has at the least.
+RECORD = ("epoch", "step", "test_loss", "test_accuracy")
+
 T = TypeVar("T")
 Which = Literal["best", "last"]
 
@@ -45,6 +48,7 @@ class Snapshot:
       seconds: for which that epoch has been trained.
       records: of the epochs before it, as in ``metrics.jsonl``.
       position: the place in the training data, as JSON has it.
+      sizes: of the training and the test set.
     """
 
     step: int
@@ -53,6 +57,7 @@ class Snapshot:
     seconds: float
     records: list[dict]
     position: dict
+    sizes: tuple[int, int]
 
 
 def saved_config(workdir: Path) -> TrainConfig:
@@ -83,7 +88,7 @@ def read_model(workdir: Path, which: Which, like: dict) -> tuple[int, dict]:
     like = {"model": like}
     with reading(folder_of(workdir)) as reader:
         step, (run, arrays) = _last(workdir, reader, like)
-        best = best_step(run, step)
+        best = best_step(run["records"], {*reader.all_steps()}) or step
         if which == "best" and best != step:
             step, path = best, folder_of(workdir) / str(best)
             try:
@@ -149,7 +154,31 @@ def read_items(reader: ocp.CheckpointManager, step: int, like: dict) -> tuple[di
     """Reads the item ``run`` of a checkpoint, and those others that are given the shapes of."""
     arrays = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
     saved = reader.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **arrays))
-    return saved["run"], {name: saved[name] for name in like}
+    return _checked(saved["run"], step), {name: saved[name] for name in like}
+
+
+def _checked(run: Any, step: int) -> dict:
+    """The item ``run`` of a checkpoint, which anybody may have written.
+
+    Raises:
+      ValueError: if it is not what a run saves.
+    """
+    numbers = lambda record: (
+        isinstance(record, dict)
+        and all(isinstance(record.get(name), int | float) for name in RECORD)
+    )
+    if not (
+        isinstance(run, dict)
+        and isinstance(run.get("config"), dict)
+        and isinstance(run.get("records"), list)
+        and all(map(numbers, run["records"]))
+        and all(record["step"] <= step for record in run["records"])
+        and isinstance(run.get("seconds"), int | float)
+        and isinstance(run.get("position"), dict)
+        and isinstance(run.get("sizes"), list)
+    ):
+        raise ValueError("its item `run` is not what a run saves")
+    return run
 
 
 def newest_readable(
@@ -166,6 +195,9 @@ def newest_readable(
             return step, read(step), damaged
         except ConfigError:
             raise
+        except (PermissionError, MemoryError) as error:
+            # It may be whole, and older ones would fail likewise.
+            raise ConfigError(f"{reader.directory / str(step)}: {one_line(error)}") from error
         except Exception as error:  # Orbax and TensorStore have many for damaged files.
             log.warning("%s: cannot be read (%s)", reader.directory / str(step), one_line(error))
             damaged.append(step)
@@ -173,7 +205,7 @@ def newest_readable(
 
 
 def _last(workdir: Path, reader: ocp.CheckpointManager, like: dict) -> tuple[int, tuple]:
-    """What :func:`_read` gives of the newest checkpoint, of which there must be one."""
+    """What :func:`read_items` gives of the newest checkpoint, of which there must be one."""
     step, saved, damaged = newest_readable(reader, lambda step: read_items(reader, step, like))
     if step is None:
         problem = "none of its checkpoints can be read" if damaged else "holds no checkpoint"
@@ -186,9 +218,10 @@ def config_of(run: dict) -> TrainConfig:
     return TrainConfig.from_json(run["config"]).resolved()
 
 
-def best_step(run: dict, step: int) -> int:
-    """The step of the best epoch; that of the checkpoint itself before any epoch has ended."""
-    return metrics.best(run["records"])["step"] if run["records"] else step
+def best_step(records: list[dict], steps: set[int]) -> int | None:
+    """The one of these steps that ended the epoch with the best test accuracy, if any ended one."""
+    ended = [record for record in records if record["step"] in steps]
+    return metrics.best(ended)["step"] if ended else None
 
 
 def on_one_device(tree: Any) -> Any:

@@ -15,7 +15,8 @@ def enable(platform: str) -> None:
     """Keeps what is compiled, in ``$XDG_CACHE_HOME/agd-jax`` or ``~/.cache/agd-jax``.
 
     Does nothing where JAX has been told of a folder (``$JAX_COMPILATION_CACHE_DIR``) or to keep
-    nothing (``$JAX_ENABLE_COMPILATION_CACHE``), nor on CPUs that cannot use what is kept.
+    nothing (``$JAX_ENABLE_COMPILATION_CACHE``), nor where the folder cannot be written, nor on CPUs
+    that cannot use what is kept.
 
     Args:
       platform: of the devices, "cpu", "gpu" or "tpu".
@@ -28,6 +29,12 @@ def enable(platform: str) -> None:
         if machine is None:
             return
         folder /= machine
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):
+        return
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
 

@@ -102,7 +102,7 @@ class TrainConfig:
     keep: int = 3
     """How many of the newest checkpoints to keep, beside the best epoch's."""
     restart: bool = False
-    """Begin afresh in a workdir that holds a run, and set that run aside in it."""
+    """Begin afresh in a workdir that holds a run, and set that run aside in it, each time."""
     eval_only: bool = False
     """Test the best and the last checkpoint of --workdir, and nothing else."""
 
@@ -114,16 +114,9 @@ class TrainConfig:
         """
         _choose("--arch", self.arch, ARCHS)
         _choose("--dataset", self.dataset, DATASETS)
-        config = dataclasses.replace(
-            self,
-            loss=self.loss or SPECS[self.dataset].loss,
-            distribute=self.distribute or self.coordinator is not None,
-        )
+        config = dataclasses.replace(self._placed(), loss=self.loss or SPECS[self.dataset].loss)
         _choose("--loss", config.loss, LOSSES)
         _choose("--precision", self.precision, PRECISIONS)
-        if self.platform is not None:
-            _choose("--platform", self.platform, PLATFORMS)
-        _ = self.mesh_axes  # Checked here, and matched with the devices when they are known.
         _ = self.save_interval
         for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -136,6 +129,19 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{name} {getattr(self, name)}: is for {streamed}, not for {self.dataset}"
                 )
+        if not 0 < self.gain < math.inf:
+            raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
+        if self.restart and self.workdir is None:
+            raise ConfigError("--restart: give the --workdir of the run that is to begin afresh")
+        return config
+
+    def _placed(self) -> "TrainConfig":
+        """The config with the flags checked that say where to compute."""
+        if self.platform is not None:
+            _choose("--platform", self.platform, PLATFORMS)
+        _ = self.mesh_axes  # Checked here, and matched with the devices when they are known.
         given = (self.coordinator, self.num_processes, self.process_id)
         if any(x is not None for x in given) and None in given:
             raise ConfigError(
@@ -146,13 +152,21 @@ class TrainConfig:
                 f"--process_id {self.process_id}: must be at least 0 and less than --num_processes "
                 f"{self.num_processes}"
             )
-        if not 0 < self.gain < math.inf:
-            raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
-        if self.restart and self.workdir is None:
-            raise ConfigError("--restart: give the --workdir of the run that is to begin afresh")
-        return config
+        return dataclasses.replace(self, distribute=self.distribute or self.coordinator is not None)
+
+    def to_test(self) -> "TrainConfig":
+        """Returns the config of ``--eval_only``, as far as it can be checked without its workdir.
+
+        Raises:
+          ConfigError: for the first field that is wrong.
+        """
+        if self.workdir is None:
+            raise ConfigError("--eval_only: give the --workdir of the run that is meant")
+        if self.restart:
+            raise ConfigError(
+                "--restart: would leave --eval_only nothing to test; give one of them"
+            )
+        return self._placed()
 
     @property
     def spec(self) -> DatasetSpec:
@@ -214,7 +228,7 @@ class TrainConfig:
             if ours != theirs:
                 raise ConfigError(
                     f"--{name} {ours}: {self.workdir} holds a run with --{name} {theirs}; give "
-                    "that, another --workdir, or --restart"
+                    + ("that" if self.eval_only else "that, another --workdir, or --restart")
                 )
 
     def to_json(self) -> dict:

@@ -62,7 +62,11 @@ def train_epoch(
     last = epoch * run.steps_per_epoch
     step, state, sums, seconds = begun.step, begun.state, begun.sums, begun.seconds
     start, steps = time.perf_counter() - seconds, 1
-    now = lambda: Snapshot(step, state, sums, seconds, begun.records, run.position())
+
+    def now() -> Snapshot:
+        changed = {"step": step, "state": state, "sums": sums, "seconds": seconds}
+        return dataclasses.replace(begun, **changed, position=run.position())
+
     while step < last:
         step = min(step + steps, last, saver.next_step(step))
         before, (state, sums) = sums, run.train(state, sums, step)

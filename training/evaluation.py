@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from typing import NamedTuple
 
 import jax
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 
 from training import checkpoints, compilation_cache, loop, metrics, processes, sharding
 from training.checkpoints import Which
-from training.config import IDENTITY, TrainConfig
+from training.config import IDENTITY, ConfigError, TrainConfig
 from training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Tested(NamedTuple):
@@ -41,6 +44,7 @@ def evaluate(given: TrainConfig) -> list[Tested]:
       ConfigError: if there is no checkpoint, or it is of another run than the flags say.
       DataError: if the data set cannot be had.
     """
+    given = given.to_test()
     sharding.use_platform(given.platform)
     processes.initialize(given)
     workdir = given.workdir.expanduser()
@@ -55,7 +59,13 @@ def evaluate(given: TrainConfig) -> list[Tested]:
         tested = []
         for which in ("best", "last"):
             like = {"params": plan.shapes.params, "batch_stats": plan.shapes.batch_stats}
-            step, model = checkpoints.read_model(workdir, which, like)
+            try:
+                step, model = checkpoints.read_model(workdir, which, like)
+            except ConfigError as error:
+                if which == "last":
+                    raise
+                log.warning("%s", error)
+                continue
             state = TrainState(step=jnp.int32(step), opt_state=(), **model)
             averages = metrics.averages(jax.device_get(run.evaluate(state)))
             tested.append(Tested(which, step, step / run.steps_per_epoch, **averages))

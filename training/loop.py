@@ -66,16 +66,21 @@ def train(config: TrainConfig) -> Result:
         check_batch_fits(config, data)
         plan = build_plan(config, mesh)
         aside = processes.decide(lambda: enter(workdir.held(folder, config.restart)))
-        saver = enter(Saver(folder, config))
+        sizes = data.train.size, data.test.size
+        saver = enter(Saver(folder, config, sizes))
         run = enter(contextlib.closing(build_run(config, mesh, data, plan)))
         saved = saver.restore(plan.shapes, run.no_metrics())
         if saved:
             run.restore(saved.position, saved.step)
-        snapshot = saved or Snapshot(0, plan.init(), run.no_metrics(), 0, [], run.position())
+        begin = lambda: Snapshot(0, plan.init(), run.no_metrics(), 0, [], run.position(), sizes)
+        snapshot = saved or begin()
 
         facts = describe(config, mesh, data, plan.shapes)
         if saved:
-            facts["resumed"] = f"after step {saved.step:,}, with {len(saved.records)} epochs done"
+            done = f"{len(saved.records)} epochs done"
+            facts["resumed"] = f"after step {saved.step:,}, with {done}"
+            if len(saved.records) >= config.epochs:
+                facts["resumed"] = f"{done} already, nothing is left to do; more --epochs go on"
         if aside:
             facts["set aside"] = f"the earlier run, in {aside}"
         reporter_class = Reporter if processes.first() else SilentReporter

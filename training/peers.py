@@ -23,6 +23,8 @@ from training.config import TrainConfig
 # What a process sends before it ends in good order.
 GOODBYE = b"!"
 CONNECT_SECONDS = 10
+# What a process says when it connects follows at once.
+GREETING_SECONDS = 1
 
 
 @contextlib.contextmanager
@@ -97,9 +99,11 @@ def _watch_all(listener: socket.socket, token: bytes, connections: list[socket.s
         for key, _ in selector.select():
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                connection.settimeout(CONNECT_SECONDS)
+                connection.settimeout(GREETING_SECONDS)
                 greeting = _receive(connection, len(token) + 6)
-                if secrets.compare_digest(greeting[: len(token)], token):
+                if len(greeting) == len(token) + 6 and secrets.compare_digest(
+                    greeting[: len(token)], token
+                ):
                     connections.append(connection)
                     selector.register(connection, selectors.EVENT_READ, greeting[len(token) :])
                 else:

@@ -31,6 +31,8 @@ def initialize(config: TrainConfig) -> None:
         return
     # Programs of a CPU that run side by side would mix up what they send.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # It would take SIGTERM, which is for training.stopping.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -72,7 +74,7 @@ def decide(choose: Callable[[], str]) -> str:
     """What process 0 chooses, in every process.
 
     Raises:
-      ConfigError: in every process, if it is raised in process 0.
+      ConfigError: in every process, if any error is raised in process 0.
     """
     if not jax.distributed.is_initialized():
         return choose()
@@ -80,7 +82,8 @@ def decide(choose: Callable[[], str]) -> str:
     if first():
         try:
             decision = f"+{choose()}"
-        except ConfigError as error:
+        except Exception as error:
+            # Else the others would wait for the decision.
             decision = f"-{error}"
     message = np.frombuffer(decision.encode().ljust(MAX_BYTES, b"\0")[:MAX_BYTES], np.uint8)
     shared = bytes(np.asarray(multihost_utils.broadcast_one_to_all(message))).rstrip(b"\0").decode()

@@ -1,6 +1,8 @@
 """What a run shows and leaves: terminal, config, metrics, TensorBoard events, curves."""
 
+import contextlib
 import json
+import logging
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +10,9 @@ from pathlib import Path
 
 from training.config import ConfigError, TrainConfig
 from training.console import Console
-from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE
+from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE, SaveError
+
+log = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -33,7 +37,7 @@ class Reporter:
         Raises:
           ConfigError: if the folder cannot be written.
         """
-        from tensorboardX import SummaryWriter
+        from training.tensorboard import EventFile
 
         self.records = list(records)
         self._workdir = workdir
@@ -44,7 +48,7 @@ class Reporter:
             _write(workdir / METRICS_FILE, "".join(lines))
             self._metrics = open(workdir / METRICS_FILE, "a")  # noqa: SIM115, closed in __exit__
             seen = records[-1]["step"] if records else 0
-            self._tensorboard = SummaryWriter(os.fspath(workdir), purge_step=seen + 1)
+            self._tensorboard = EventFile(workdir, seen + 1)
         except OSError as error:
             raise ConfigError(f"--workdir {workdir}: {error.strerror}") from error
         self._curves = CurvesDrawer(workdir / CURVES_FILE, f"{config.arch} on {config.dataset}")
@@ -54,10 +58,11 @@ class Reporter:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._metrics.close()
-        self._tensorboard.close()
         self._curves.close()
         self._console.close()
+        with contextlib.suppress(OSError):  # What could not be written has been said.
+            self._tensorboard.close()
+            self._metrics.close()
         if kind is None:
             seconds = time.perf_counter() - self._start
             self._console.summary(self.records, self._before, seconds, self._workdir)
@@ -78,12 +83,18 @@ class Reporter:
         self._console.progress(epoch, done, averages)
 
     def epoch(self, record: dict) -> None:
-        """Keeps the record of an epoch, in every form."""
+        """Keeps the record of an epoch, in every form.
+
+        Raises:
+          SaveError: if it cannot be written.
+        """
         self.records.append(record)
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
-        for name, value in record.items():
-            self._tensorboard.add_scalar(name, value, record["step"])
+        try:
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
+            self._tensorboard.write(record)
+        except OSError as error:
+            raise SaveError(f"cannot write in {self._workdir}: {error.strerror}") from error
         self._curves.draw(self.records)
         self._console.epoch(record)
 
@@ -150,4 +161,7 @@ class CurvesDrawer:
 
         while self._waiting:
             records, self._waiting = self._waiting, []
-            draw(records, self._title, self._path)
+            try:
+                draw(records, self._title, self._path)
+            except OSError as error:
+                log.warning("cannot draw %s: %s", self._path, error.strerror)

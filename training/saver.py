@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -23,13 +24,13 @@ from training.checkpoints import (
     config_of,
     folder_of,
     newest_readable,
-    on_one_device,
     one_line,
     read_items,
     reading,
 )
 from training.config import ConfigError, TrainConfig
 from training.metrics import TrainMetrics
+from training.workdir import SaveError, unused
 
 if TYPE_CHECKING:
     from training.state import TrainState
@@ -42,12 +43,9 @@ BEST_SECONDS = 10
 # Bytes of a checkpoint besides its arrays.
 SMALL_FILES = 200_000
 
-# What a checkpoint that cannot be read is called from then on.
+# What a checkpoint that cannot be read is called from then on, and one while it is saved anew.
 DAMAGED = ".damaged"
-
-
-class SaveError(Exception):
-    """The state that a run ends with could not be saved."""
+UNTESTED = ".untested"
 
 
 class Saver:
@@ -57,15 +55,16 @@ class Saver:
     All processes call every method alike.
     """
 
-    def __init__(self, workdir: Path, config: TrainConfig):
+    def __init__(self, workdir: Path, config: TrainConfig, sizes: tuple[int, int]):
         """Opens the folder, which is made if it is not there.
 
         Args:
           workdir: of the run.
           config: of the run, resolved.
+          sizes: of the training and the test set.
         """
         self._folder = folder_of(workdir)
-        self._config = config
+        self._config, self._sizes = config, sizes
         self._seconds, self._steps = config.save_interval
         self._preserved = _LatestAndBest(config.keep)
         self._manager = self._open()
@@ -106,12 +105,18 @@ class Saver:
             "model": {"params": state.params, "batch_stats": state.batch_stats},
             "training": {"step": state.step, "opt_state": state.opt_state, "sums": sums},
         }
-        found = processes.decide(lambda: str(self._newest_readable(like) or ""))
-        if not found:
+        if jax.process_count() == 1:
+            found = self._newest(like)
+        else:
+            # One looks for all: the others would wait for one that fails to read.
+            on_host = jax.tree.map(lambda x: np.broadcast_to(np.zeros([], x.dtype), x.shape), like)
+            look = lambda: str((self._newest(on_host) or ("",))[0])
+            step = processes.decide(look)
+            with reading(self._folder) as reader:
+                found = (int(step), *read_items(reader, int(step), like)) if step else None
+        if found is None:
             return None
-        step = int(found)
-        with reading(self._folder) as reader:
-            run, arrays = read_items(reader, step, like)
+        step, run, arrays = found
         # Orbax shares memory with what it has read, which buffers that are donated must not.
         arrays = _copy(arrays)
         training = arrays["training"]
@@ -121,22 +126,33 @@ class Saver:
         # Some may have been set aside.
         self._manager.close()
         self._manager = self._open()
-        self._preserved.best = best_step(run, step)
         return Snapshot(
-            step, state, training["sums"], run["seconds"], run["records"], run["position"]
+            step,
+            state,
+            training["sums"],
+            run["seconds"],
+            run["records"],
+            run["position"],
+            self._sizes,
         )
 
-    def _newest_readable(self, like: dict) -> int | None:
-        """Looks for the checkpoint to go on from: in one process, for all."""
-        here = on_one_device(like)
+    def _newest(self, like: dict) -> tuple[int, dict, dict] | None:
+        """Reads the newest checkpoint that can be read; in one process."""
 
-        def read(step: int) -> None:
+        def read(step: int) -> tuple[dict, dict]:
             run, _ = read_items(reader, step, {})
             self._config.check_same_run(config_of(run))
-            read_items(reader, step, here)
+            if tuple(run["sizes"]) != self._sizes:
+                raise ConfigError(
+                    f"--dataset {self._config.dataset}: has {' and '.join(map(str, self._sizes))} "
+                    f"pictures; {self._config.workdir} holds a run on "
+                    f"{' and '.join(map(str, run['sizes']))}"
+                )
+            return read_items(reader, step, like)
 
+        self._put_back()
         with reading(self._folder) as reader:
-            step, _, damaged = newest_readable(reader, read)
+            step, found, damaged = newest_readable(reader, read)
         if damaged and step is None:
             raise ConfigError(
                 f"--workdir {self._config.workdir}: none of its checkpoints can be read; --restart "
@@ -144,8 +160,8 @@ class Saver:
             )
         for number in damaged:
             path = self._folder / str(number)
-            path.rename(path.with_name(path.name + DAMAGED))
-        return step
+            path.rename(unused(path.with_name(path.name + DAMAGED)))
+        return None if step is None else (step, *found)
 
     def next_step(self, step: int) -> float:
         """The next step after this one at which ``--save_every`` asks to save."""
@@ -205,6 +221,7 @@ class Saver:
             "records": snapshot.records,
             "seconds": snapshot.seconds,
             "position": snapshot.position,
+            "sizes": self._sizes,
         }
         training = {"step": state.step, "opt_state": state.opt_state, "sums": snapshot.sums}
         items = ocp.args.Composite(
@@ -212,31 +229,53 @@ class Saver:
             training=ocp.args.StandardSave(training),
             run=ocp.args.JsonSave(run),
         )
-        self._preserved.best = best_step(run, step)
         self._failure = None
+        if lack := processes.decide(lambda: _lack_of_space(self._folder, items)):
+            self._failed(lack)
+            return
+        steps = {*self._manager.all_steps()}
+        again = step in steps
+        self._preserved.best = best_step(snapshot.records, steps | {step})
         try:
-            if lack := processes.decide(lambda: _lack_of_space(self._folder, items)):
-                raise OSError(lack)
-            if step in self._manager.all_steps():
-                # Of the same step, before it was tested.
-                self._manager.delete(step)
+            if again:
+                # It was saved before it was tested, and stays until it is saved anew.
+                processes.decide(lambda: _move(self._folder / str(step), UNTESTED))
+                self._manager.reload()
             self._manager.save(step, args=items)
+            if again:
+                self._manager.wait_until_finished()
+                processes.decide(self._put_back)
         except Exception as error:  # Orbax and TensorStore have many for a full disk.
-            self._failed(error)
+            self._failed_here(error)
+
+    def _put_back(self) -> str:
+        """Undoes what a save that was interrupted had moved, or removes what it has replaced."""
+        for old in self._folder.glob(f"*{UNTESTED}"):
+            step = old.with_name(old.name.removesuffix(UNTESTED))
+            shutil.rmtree(old) if step.exists() else old.rename(step)
+        return ""
 
     def _wait(self) -> None:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failed(error)
+            self._failed_here(error)
 
-    def _failed(self, error: Exception) -> None:
-        self._failure = f"cannot save in {self._folder}: {one_line(error)}"
-        log.warning("%s; the checkpoints before this one stay", self._failure)
+    def _failed_here(self, error: Exception) -> None:
+        """What Orbax could not do in this process, perhaps in no other."""
+        if jax.process_count() > 1:
+            # They would wait for this one in the next save.
+            raise SaveError(f"cannot save in {self._folder}: {one_line(error)}") from error
         # A new one has forgotten the failure, and clears away what it has left.
         with contextlib.suppress(Exception):
             self._manager.close()
+        self._put_back()
         self._manager = self._open()
+        self._failed(one_line(error))
+
+    def _failed(self, why: str) -> None:
+        self._failure = f"cannot save in {self._folder}: {why}"
+        log.warning("%s; the checkpoints before this one stay", self._failure)
 
 
 @dataclasses.dataclass
@@ -254,12 +293,17 @@ class _LatestAndBest(preservation_policy.PreservationPolicy):
 
 
 def _lack_of_space(folder: Path, items: ocp.args.Composite) -> str:
-    """Says so if a save is bound to fail, for which Orbax would take many lines."""
+    """Says so if a save may well fail, for which Orbax would take many lines."""
     arrays = jax.tree.leaves([items["model"].item, items["training"].item])
-    # Without what compression may save.
+    # Compression may save some of it, but not much of what is random.
     needed = sum(array.nbytes for array in arrays) + SMALL_FILES
     free = shutil.disk_usage(folder).free
     return "" if free >= needed else f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+
+
+def _move(path: Path, suffix: str) -> str:
+    path.rename(path.with_name(path.name + suffix))
+    return ""
 
 
 def _copy(tree: Any) -> Any:

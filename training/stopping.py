@@ -27,7 +27,7 @@ class Stopped(Exception):  # noqa: N818, nothing went wrong
         """
         super().__init__(
             f"{signal.Signals(signum).name} after step {saved.name}; the same command with "
-            f"--workdir {saved.parent.parent} goes on from there"
+            f"--workdir {saved.parent.parent}, and without --restart, goes on from there"
         )
         self.signum = signum
 
@@ -43,22 +43,38 @@ class Request:
     signum: int = 0
 
 
+def end_at_once() -> None:
+    """Makes SIGTERM and SIGINT end the process, while there is nothing to save.
+
+    Not by an exception, which is lost where JAX calls Python without expecting one.
+    """
+
+    def end(signum: int, frame: object) -> None:
+        os.write(2, f"stopped: {signal.Signals(signum).name}\n".encode())
+        os._exit(128 + signum)
+
+    for signum in SIGNALS:
+        signal.signal(signum, end)
+
+
 @contextmanager
 def on_request() -> Iterator[Request]:
     """While it is open, SIGTERM and SIGINT only make a request; a second SIGINT ends at once.
 
     In another thread than the main one, where Python handles no signals, there is never a request.
     """
-    request = Request()
+    request, interrupts = Request(), 0
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def note(signum: int, frame: object) -> None:
-        if request.signum == signum == signal.SIGINT:
+        nonlocal interrupts
+        interrupts += signum == signal.SIGINT
+        if interrupts > 1:
             # Not an exception, which would wait for threads and for what is being saved.
             os._exit(128 + signum)
-        request.signum = signum
+        request.signum = request.signum or signum
         if signum == signal.SIGINT:
             # Not print, which may be what was interrupted.
             os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")

@@ -17,6 +17,10 @@ LOCK_FILE = ".lock"
 EARLIER = "earlier"
 
 
+class SaveError(Exception):
+    """What a run is to leave could not be written."""
+
+
 def choose(config: TrainConfig) -> Path:
     """Returns the folder that a run is to use, without making it.
 
@@ -35,14 +39,15 @@ def choose(config: TrainConfig) -> Path:
 def _fresh(config: TrainConfig) -> Path:
     """A name by the second, numbered where runs start within one."""
     name = f"{config.dataset}-{config.arch}-{_now()}"
-    return _unused(Path("runs") / name)
+    return unused(Path("runs") / name)
 
 
 def _now() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
+    """The path, numbered if there is something there already."""
     names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
     return next(path for path in map(path.with_name, names) if not path.exists())
 
@@ -84,7 +89,8 @@ def held(path: Path, restart: bool) -> Iterator[str]:
 def _has_only_metrics(path: Path) -> bool:
     file = path / METRICS_FILE
     has_epochs = file.exists() and file.stat().st_size > 0
-    return has_epochs and not any(path.glob(f"{CHECKPOINTS}/*"))
+    saved = (p for p in path.glob(f"{CHECKPOINTS}/*") if p.name.isdigit())
+    return has_epochs and not any(saved)
 
 
 def _set_aside(path: Path) -> str:
@@ -92,7 +98,7 @@ def _set_aside(path: Path) -> str:
     left = [found for name in names for found in path.glob(name)]
     if not left:
         return ""
-    aside = _unused(path / f"{EARLIER}-{_now()}")
+    aside = unused(path / f"{EARLIER}-{_now()}")
     aside.mkdir()
     for file in left:
         file.rename(aside / file.name)

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 from training import curves
 from training.config import TrainConfig
 from training.reporting import CurvesDrawer, Reporter
+from training.workdir import SaveError
 
 COUNTS = ["epoch", "step", "seconds", "images_per_second"]
 AVERAGES = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "gradient_summary"]
@@ -90,8 +93,22 @@ def test_epochs_that_end_while_a_picture_is_drawn_share_the_next(tmp_path, monke
     assert len(drawn) <= 3
 
 
-def test_a_picture_that_cannot_be_drawn_is_not_passed_over_in_silence(tmp_path):
-    drawer = CurvesDrawer(tmp_path / "no such folder" / "curves.png", "title")
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, caplog):
+    path = tmp_path / "no such folder" / "curves.png"
+    drawer = CurvesDrawer(path, "title")
     drawer.draw([record(1)])
-    with pytest.raises(FileNotFoundError):
-        drawer.close()
+    drawer.close()
+    assert caplog.messages == [f"cannot draw {path}: No such file or directory"]
+
+
+def test_a_record_that_cannot_be_written_is_an_error_that_says_where(tmp_path, monkeypatch):
+    with new_reporter(tmp_path) as reporter:
+
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(reporter._tensorboard, "write", full)
+        with pytest.raises(SaveError, match=f"^cannot write in {tmp_path}: No space left"):
+            reporter.epoch(record(1))
+        monkeypatch.undo()
+        reporter.epoch(record(2))

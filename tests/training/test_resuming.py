@@ -121,10 +121,10 @@ def test_killed_at_random_moments(tmp_path):
     assert kills, f"seed {seed}: none was killed"
 
 
-def start(workdir, *flags):
+def start(workdir, *flags, **kwargs):
     command = [sys.executable, ROOT / "train.py", "--platform", "cpu", "--workdir", workdir]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *map(str, flags)], **pipes)
+    return subprocess.Popen([*command, *map(str, flags)], **pipes, **kwargs)
 
 
 def wait_for_epochs(workdir):
@@ -147,7 +147,7 @@ def test_a_signal_is_answered_by_saving(tmp_path, signum, code):
     last = err.splitlines()[-1]
     assert last.startswith(f"stopped: {signal.Signals(signum).name} after step ")
     step = int(last.split("step ")[1].split(";")[0])
-    assert last.endswith(f"the same command with --workdir {tmp_path} goes on from there")
+    assert last.endswith(f"--workdir {tmp_path}, and without --restart, goes on from there")
     assert (tmp_path / "checkpoints" / str(step)).is_dir()
     assert "Traceback" not in err
 
@@ -159,17 +159,17 @@ def test_a_signal_is_answered_by_saving(tmp_path, signum, code):
 
 
 def test_a_second_interrupt_ends_at_once(monkeypatch):
-    ended = []
+    ended, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "_exit", ended.append)
     with stopping.on_request() as request:
         signal.raise_signal(signal.SIGTERM)
         assert request.signum == signal.SIGTERM
         signal.raise_signal(signal.SIGINT)
-        assert request.signum == signal.SIGINT
+        assert request.signum == signal.SIGTERM
         assert not ended
         signal.raise_signal(signal.SIGINT)
         assert ended == [130]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_two_runs_do_not_share_a_workdir(tmp_path):
@@ -183,3 +183,29 @@ def test_two_runs_do_not_share_a_workdir(tmp_path):
     finally:
         first.kill()
         first.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.5, 2.2, 2.6, 3, 4])
+def test_a_signal_at_the_start_ends_it_soon(tmp_path, seconds):
+    process = start(tmp_path, "--epochs", 100_000)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    # Before the handlers are there, the system ends it.
+    assert process.returncode in (143, -signal.SIGTERM)
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path):
+    tree = write_tree(tmp_path / "imagenet", train=400, test=10)
+    flags = "--dataset imagenet --image_size 16 --train_bs 5 --test_bs 5 --workers 2 --epochs 1000"
+    flags = [*flags.split(), "--data_dir", tree, "--width", 16]
+    process = start(tmp_path / "run", *flags, start_new_session=True)
+    wait_for_epochs(tmp_path / "run")
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped: SIGTERM after step " in err
+    assert "Traceback" not in err
