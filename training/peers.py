@@ -7,9 +7,11 @@ connection, as a host that loses its power, is left to the heartbeats.
 """
 
 import contextlib
+import ctypes
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -42,11 +44,28 @@ def watched(config: TrainConfig, together: tuple[type[Exception], ...]) -> Itera
         return
     connections = _meet(config)
     try:
-        yield
+        with _slow_to_abort():
+            yield
     except together:
         _part(connections)
         raise
     _part(connections)
+
+
+@contextlib.contextmanager
+def _slow_to_abort() -> Iterator[None]:
+    """Lets an abort wait for a few seconds, in which it can be said who is lost.
+
+    Gloo aborts the process from a thread of its own, which has nothing to do with Python. So what
+    answers the signal is the C library's sleep, which takes the signal's number for seconds.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    before = libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        libc.signal(signal.SIGABRT, before)
 
 
 def _meet(config: TrainConfig) -> list[socket.socket]:
