@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,9 @@ from training.console import Console
 from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE, SaveError
 
 log = logging.getLogger(__name__)
+
+# A picture takes a core for a fifth of a second, which short epochs want for themselves.
+SECONDS_BETWEEN_PICTURES = 2
 
 
 class Reporter:
@@ -134,11 +138,11 @@ class SilentReporter:
 class CurvesDrawer:
     """Draws in a thread, so that no device waits for a picture.
 
-    Epochs that end while a picture is being drawn share the next one.
+    Epochs that end while a picture is being drawn, or soon after, share the next one.
     """
 
     def __init__(self, path: Path, title: str):
-        self._path, self._title = path, title
+        self._path, self._title, self._last = path, title, -math.inf
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._drawing: Future | None = None
         self._waiting: list[dict] = []
@@ -146,7 +150,9 @@ class CurvesDrawer:
     def draw(self, records: list[dict]) -> None:
         """Asks for a picture of these records."""
         self._waiting = list(records)
-        if self._drawing is None or self._drawing.done():
+        idle = self._drawing is None or self._drawing.done()
+        if idle and time.monotonic() - self._last >= SECONDS_BETWEEN_PICTURES:
+            self._last = time.monotonic()
             self._drawing = self._thread.submit(self._draw)
 
     def close(self) -> None:
