@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from training import loop, sharding
+from training import loop, network, sharding
 from training.config import TrainConfig
 
 STEPS = 5
@@ -48,7 +48,7 @@ def five_steps(config, devices):
 
 def main(arch, precision, *meshes):
     if arch == "resnet18":
-        loop.models.create = functools.partial(loop.models.create, width=8)
+        network.models.create = functools.partial(network.models.create, width=8)
     fields = {"arch": arch, "precision": precision, "depth": 5, "width": 32, "test_bs": 40}
     results = []
     for mesh in meshes:
