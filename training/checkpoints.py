@@ -48,7 +48,6 @@ class Snapshot:
       seconds: for which that epoch has been trained.
       records: of the epochs before it, as in ``metrics.jsonl``.
       position: the place in the training data, as JSON has it.
-      sizes: of the training and the test set.
     """
 
     step: int
@@ -57,7 +56,6 @@ class Snapshot:
     seconds: float
     records: list[dict]
     position: dict
-    sizes: tuple[int, int]
 
 
 def saved_config(workdir: Path) -> TrainConfig:

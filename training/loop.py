@@ -66,14 +66,12 @@ def train(config: TrainConfig) -> Result:
         check_batch_fits(config, data)
         plan = build_plan(config, mesh)
         aside = processes.decide(lambda: enter(workdir.held(folder, config.restart)))
-        sizes = data.train.size, data.test.size
-        saver = enter(Saver(folder, config, sizes))
+        saver = enter(Saver(folder, config, (data.train.size, data.test.size)))
         run = enter(contextlib.closing(build_run(config, mesh, data, plan)))
         saved = saver.restore(plan.shapes, run.no_metrics())
         if saved:
             run.restore(saved.position, saved.step)
-        begin = lambda: Snapshot(0, plan.init(), run.no_metrics(), 0, [], run.position(), sizes)
-        snapshot = saved or begin()
+        snapshot = saved or Snapshot(0, plan.init(), run.no_metrics(), 0, [], run.position())
 
         facts = describe(config, mesh, data, plan.shapes)
         if saved:

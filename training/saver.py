@@ -51,8 +51,8 @@ UNTESTED = ".untested"
 class Saver:
     """The checkpoints of a run, saved while it goes on; a context manager around it.
 
-    A save that fails is a warning, and the checkpoints before it stay; only :meth:`finish` raises.
-    All processes call every method alike.
+    A save that fails is a warning, and the checkpoints before it stay; only :meth:`finish` raises,
+    and one of several processes in which Orbax failed. All processes call every method alike.
     """
 
     def __init__(self, workdir: Path, config: TrainConfig, sizes: tuple[int, int]):
@@ -127,13 +127,7 @@ class Saver:
         self._manager.close()
         self._manager = self._open()
         return Snapshot(
-            step,
-            state,
-            training["sums"],
-            run["seconds"],
-            run["records"],
-            run["position"],
-            self._sizes,
+            step, state, training["sums"], run["seconds"], run["records"], run["position"]
         )
 
     def _newest(self, like: dict) -> tuple[int, dict, dict] | None:

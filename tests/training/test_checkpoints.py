@@ -195,7 +195,7 @@ def test_a_checkpoint_stays_until_it_is_saved_anew(tmp_path, monkeypatch):
         )
     ) as run:
         state, sums = run.train(plan.init(), run.no_metrics(), 44)
-        untested = checkpoints.Snapshot(44, state, sums, 1.0, [], {}, SIZES)
+        untested = checkpoints.Snapshot(44, state, sums, 1.0, [], {})
         record = dict.fromkeys(checkpoints.RECORD, 0) | {"step": 44}
         tested = dataclasses.replace(untested, records=[record])
         with saver.Saver(tmp_path, config, SIZES) as saving:
@@ -285,7 +285,7 @@ def test_evaluation_of_what_has_running_averages(tmp_path):
     with contextlib.closing(loop.build_run(config, mesh, data, plan)) as run:
         state, sums = run.train(plan.init(), run.no_metrics(), 3)
         with saver.Saver(tmp_path, config, SIZES) as saving:
-            saving.save(checkpoints.Snapshot(3, state, sums, 1.0, [], run.position(), SIZES))
+            saving.save(checkpoints.Snapshot(3, state, sums, 1.0, [], run.position()))
     model, _ = checkpoints.load(tmp_path)
     images = jnp.ones((2, 16, 16, 3))
     expected = nnx.merge(plan.graphdef, state.params, state.batch_stats)
