@@ -28,33 +28,48 @@ def orthogonal_init(key: jax.Array, params: Tree) -> Tree:
 
     Args:
       key: a JAX random key.
-      params: any pytree. Floating arrays with two or more axes are redrawn; their values are
-        not read. All other leaves (biases, norm scales, anything that is not a floating array)
-        are returned as they are.
+      params: any pytree. Floating arrays with two or more axes are redrawn, unless they are named
+        ``bias``; their values are not read. All other leaves (biases, norm scales, anything that
+        is not a floating array) are returned as they are.
 
     Returns:
       A tree of the same structure, shapes, dtypes and shardings. What is drawn depends on
       ``key``, on the shapes and on their order in the tree alone, not on the sharding.
+
+    Warns:
+      UserWarning: of parameters whose axes are known to be in another order than Flax's dense and
+        convolution kernels have them, so that their matrices are not drawn right.
     """
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    redrawn: Tree = jax.tree.unflatten(structure, map(_redraw, keys, leaves))
+    geometry.warn_of_misread_axes(params)
+    paths_and_leaves, structure = jax.tree.flatten_with_path(params)
+    keys = jax.random.split(key, max(len(paths_and_leaves), 1))
+    drawn = [
+        _draw(key, leaf) if _is_matrix(leaf) and not geometry.is_bias(path) else leaf
+        for key, (path, leaf) in zip(keys, paths_and_leaves, strict=False)
+    ]
+    redrawn: Tree = jax.tree.unflatten(structure, drawn)
     return redrawn
 
 
-def _redraw(key: jax.Array, leaf: Any) -> Any:
-    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2):
-        return leaf
+def _is_matrix(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2
+
+
+def _draw(key: jax.Array, leaf: Any) -> jax.Array:
     *taps, d_in, d_out = leaf.shape
+    count = math.prod(taps)
     # Lower precisions have no QR decomposition, and would not be orthogonal before rounding.
     dtype = geometry.norm_dtype(leaf.dtype)
-    # Tap by tap: on a CPU, XLA hands the matrices of one batched QR to its thread pool from
-    # within that pool and waits for them, so that a few such calls in one program hang it.
-    draw = lambda key: jax.random.orthogonal(key, d_in, (), dtype, m=d_out)
-    count = math.prod(taps)
-    matrices = jax.lax.map(draw, key[None] if count == 1 else jax.random.split(key, count))
-    drawn = (geometry.scale(leaf.shape) * matrices).reshape(leaf.shape).astype(leaf.dtype)
+
+    def draw() -> jax.Array:
+        # Tap by tap: on a CPU, XLA hands the matrices of one batched QR to its thread pool from
+        # within that pool and waits for them, so that a few such calls in one program hang it.
+        one = lambda key: jax.random.orthogonal(key, d_in, (), dtype, m=d_out)
+        matrices = jax.lax.map(one, key[None] if count == 1 else jax.random.split(key, count))
+        return (geometry.scale(leaf.shape) * matrices).reshape(leaf.shape).astype(leaf.dtype)
+
     # Under a trace there is no sharding to keep: that of the traced function's outputs rules.
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
-        drawn = jax.device_put(drawn, leaf.sharding)
-    return drawn
+        # Not device_put, which gives a process nothing of an array that others share.
+        draw = jax.jit(draw, out_shardings=leaf.sharding)
+    return draw()

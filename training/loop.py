@@ -114,7 +114,7 @@ def build_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     key = jax.random.key(config.seed)
     shardings = functools.partial(sharding.of_state, mesh)
     make_model = functools.partial(network.create, config)
-    return plan_state(make_model, agd_jax.agd(config.gain), key, shardings)
+    return plan_state(make_model, agd_jax.agd(gain=config.gain), key, shardings)
 
 
 def build_run(
@@ -124,7 +124,7 @@ def build_run(
     loss = LOSSES[config.loss]
     common = {
         "train_step": functools.partial(
-            step.train_step, plan.graphdef, agd_jax.agd(config.gain), loss
+            step.train_step, plan.graphdef, agd_jax.agd(gain=config.gain), loss
         ),
         "eval_step": functools.partial(step.eval_step, plan.graphdef, loss),
         "train_bs": config.train_bs,

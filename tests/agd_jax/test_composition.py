@@ -1,7 +1,11 @@
 """agd() as a citizen of Optax, Flax and Equinox: each case against the step written in NumPy."""
 
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import equinox as eqx
 import flax.linen as nn
@@ -14,6 +18,16 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import agd_jax
+from tests.agd_jax.compositions import (
+    COMPOSITIONS,
+    STEPS,
+    assert_same,
+    normal,
+    params_of,
+    step_of,
+    take_steps,
+    tree,
+)
 
 
 def agd_by_hand(grads, gain=1.0):
@@ -40,15 +54,6 @@ def assert_step(updates, grads, gain=1.0, rtol=1e-5):
     found = jax.tree.leaves(updates)
     for u, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(u, e, rtol=rtol, atol=1e-7)
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def tree(seed=0):
-    kernels = {"a": {"kernel": normal(seed, 4, 8)}, "b": {"kernel": normal(seed + 1, 3, 3, 8, 2)}}
-    return kernels | {"c": {"bias": normal(seed + 2, 8)}}
 
 
 PARAMS, GRADS = tree(0), tree(10)
@@ -251,6 +256,40 @@ def test_the_second_step_does_not_compile_again():
     assert all(leaf.is_deleted() for leaf in before)
 
 
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_everything_can_be_donated(name):
+    step = jax.jit(step_of(COMPOSITIONS[name]()), donate_argnums=(0, 1))
+    params = params_of(name)
+    assert_same(take_steps(name, params, step), take_steps(name, params_of(name)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_steps_can_be_scanned(name):
+    tx = COMPOSITIONS[name]()
+    grads = jax.tree.map(lambda *g: jnp.stack(g), *(tree(10 * i + 10) for i in range(STEPS)))
+    step = lambda carry, grads: (step_of(tx)(*carry, grads), None)
+    scan = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), grads)[0])
+    assert_same(scan(params_of(name)), take_steps(name, params_of(name)))
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_vmap_over_seeds_is_each_seed_by_itself(name):
+    trees = [params_of(name, seed) for seed in (0, 5)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    found = jax.jit(jax.vmap(lambda params: take_steps(name, params)))(stacked)
+    for i, params in enumerate(trees):
+        assert_same(jax.tree.map(lambda x, i=i: x[i], found), take_steps(name, params))
+
+
+def test_a_mesh_changes_nothing():
+    root = Path(__file__).parents[2]
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.agd_jax.compositions"]
+    run = subprocess.run(command, cwd=root, env=os.environ | env, capture_output=True, text=True)
+    assert run.stdout.splitlines() == list(COMPOSITIONS), run.stderr
+
+
 def test_eval_shape_tells_the_shapes_without_numbers():
     tx = agd_jax.agd()
     shapes = jax.eval_shape(lambda: PARAMS)
@@ -258,17 +297,6 @@ def test_eval_shape_tells_the_shapes_without_numbers():
     updates, after = jax.eval_shape(tx.update, shapes, state, shapes)
     assert updates == shapes
     assert after == state
-
-
-def test_vmap_over_seeds_is_each_seed_by_itself():
-    tx = agd_jax.agd()
-    trees = [tree(seed) for seed in (10, 20)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    states = jax.vmap(tx.init)(stacked)
-    updates, states = jax.vmap(tx.update)(stacked, states, stacked)
-    for i, grads in enumerate(trees):
-        assert_step(jax.tree.map(lambda u, i=i: u[i], updates), grads)
-        assert states.eta[i] == pytest.approx(agd_by_hand(jax.tree.leaves(grads))[1], rel=1e-5)
 
 
 # The same two-layer network in three libraries, each trained in its own way.
@@ -279,10 +307,17 @@ def losses_fall(losses):
     return losses[-1] < 0.7 * losses[0] and np.all(np.isfinite(losses))
 
 
-def test_nnx_optimizer():
+def wrapped(wrapper):
+    """agd(), or MultiSteps around it."""
+    return {"agd": agd_jax.agd(), "MultiSteps": optax.MultiSteps(agd_jax.agd(), 1)}[wrapper]
+
+
+@pytest.mark.parametrize("wrapper", ["agd", "MultiSteps"])
+def test_nnx_optimizer(wrapper):
     class Network(nnx.Module):
         def __init__(self, rngs):
-            self.hidden, self.out = nnx.Linear(4, 32, rngs=rngs), nnx.Linear(32, 2, rngs=rngs)
+            self.hidden = nnx.Linear(4, 32, use_bias=False, rngs=rngs)
+            self.out = nnx.Linear(32, 2, rngs=rngs)
             self.norm = nnx.BatchNorm(32, rngs=rngs)
 
         def __call__(self, x):
@@ -290,9 +325,9 @@ def test_nnx_optimizer():
 
     model = Network(nnx.Rngs(0))
     nnx.update(model, agd_jax.orthogonal_init(jax.random.key(0), nnx.state(model, nnx.Param)))
-    optimizer = nnx.Optimizer(model, agd_jax.agd(), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, wrapped(wrapper), wrt=nnx.Param)
 
-    @nnx.jit
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(model, optimizer):
         loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(X) - Y) ** 2))(model)
         optimizer.update(model, grads)
@@ -305,7 +340,8 @@ def test_nnx_optimizer():
     assert losses_fall([loss] + [step(model, optimizer)[0] for _ in range(30)])
 
 
-def test_linen_train_state():
+@pytest.mark.parametrize("wrapper", ["agd", "MultiSteps"])
+def test_linen_train_state(wrapper):
     class Network(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -314,9 +350,9 @@ def test_linen_train_state():
     model = Network()
     params = model.init(jax.random.key(0), X)["params"]
     params = agd_jax.orthogonal_init(jax.random.key(1), params)
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=agd_jax.agd())
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=wrapped(wrapper))
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(state):
         loss = lambda params: jnp.mean((state.apply_fn({"params": params}, X) - Y) ** 2)
         value, grads = jax.value_and_grad(loss)(state.params)
@@ -329,14 +365,17 @@ def test_linen_train_state():
     assert losses_fall(losses)
 
 
-def test_equinox_filter():
+@pytest.mark.parametrize("wrapper", ["agd", "MultiSteps"])
+def test_equinox_filter(wrapper):
     model = eqx.nn.MLP(4, 2, 32, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    params = agd_jax.orthogonal_init(jax.random.key(1), params)
-    tx = agd_jax.agd()
-    state = tx.init(params)
+    with pytest.warns(UserWarning, match=r"the wrong size for layers\.0\.weight \(32, 4\), "):
+        params = agd_jax.orthogonal_init(jax.random.key(1), params)
+    tx = wrapped(wrapper)
+    with pytest.warns(UserWarning, match=r"layers\.1\.weight \(2, 32\)"):
+        state = tx.init(params)
 
-    @eqx.filter_jit
+    @functools.partial(eqx.filter_jit, donate="all")
     def step(params, state):
         loss = lambda p: jnp.mean((jax.vmap(eqx.combine(p, static))(X) - Y) ** 2)
         value, grads = eqx.filter_value_and_grad(loss)(params)

@@ -1,10 +1,13 @@
 import subprocess
 import sys
 
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from agd_jax import orthogonal_init
@@ -41,6 +44,37 @@ def test_structure_dtypes_and_other_leaves_are_kept():
     assert np.any(drawn["host"] != 0)
     for name in ("bias", "table", "name"):
         assert drawn[name] is params[name]
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_attention_biases_are_kept_and_its_axes_warned_of(library):
+    x = jnp.zeros((1, 5, 12))
+    if library == "linen":
+        model = nn.MultiHeadDotProductAttention(num_heads=3)
+        params = model.init(jax.random.key(0), x)["params"]
+    else:
+        model = nnx.MultiHeadAttention(3, 12, decode=False, rngs=nnx.Rngs(0))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params = jax.tree.map(jnp.ones_like, params)
+    with pytest.warns(UserWarning, match=r"key\.bias \(3, 4\), key\.kernel \(12, 3, 4\).* 3 more"):
+        drawn = orthogonal_init(jax.random.key(1), params)
+    for layer in ("query", "key", "value", "out"):
+        np.testing.assert_array_equal(drawn[layer]["bias"], params[layer]["bias"])
+        assert np.any(drawn[layer]["kernel"] != params[layer]["kernel"])
+
+
+def test_equinox_is_warned_of_and_its_convolution_biases_are_kept():
+    model = eqx.nn.Conv2d(3, 32, 3, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    with pytest.warns(UserWarning, match=r"weight \(32, 3, 3, 3\), bias \(32, 1, 1\)\. optax"):
+        drawn = orthogonal_init(jax.random.key(1), params)
+    np.testing.assert_array_equal(drawn.bias, params.bias)
+
+
+def test_what_is_read_right_is_not_warned_of(recwarn):
+    kernels = {"value": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}, "weight": jnp.eye(2)}
+    orthogonal_init(jax.random.key(0), kernels | {"conv": {"kernel": jnp.zeros((3, 4, 4))}})
+    assert not recwarn.list
 
 
 def test_key_decides_and_leaves_differ():

@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import agd_jax
 from agd_jax.optimizer import automatic_learning_rate
@@ -31,7 +33,7 @@ def golden(name):
 def steps(case):
     """Yields (eta, golden eta, params, golden params) after each step of a case."""
     gain, count, length = CASES[case]
-    tx = agd_jax.agd(gain)
+    tx = agd_jax.agd(gain=gain)
     params = [golden(f"{case}/param{i}/0") for i in range(count)]
     state = tx.init(params)
     for t in range(length):
@@ -67,14 +69,6 @@ def test_all_zero_gradients_move_nothing():
     updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert all(np.all(np.asarray(u) == 0) for u in jax.tree.leaves(updates))
     assert state == (0, 0)
-
-
-def test_nan_gradient_is_not_hidden():
-    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
-    grads = {"a": jnp.full((2, 2), jnp.nan), "b": jnp.ones((2, 2))}
-    tx = agd_jax.agd()
-    updates, _ = tx.update(grads, tx.init(params), params)
-    assert all(np.all(np.isnan(u)) for u in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize(
@@ -133,10 +127,96 @@ def test_eta_minimises_the_bound():
             assert abs(slope(automatic_learning_rate(summary))) < 1e-12 * (1 + summary)
 
 
-@pytest.mark.parametrize("gain", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "gain",
+    [0, -1.0, float("nan"), float("inf"), np.array(-0.5), jnp.array(-0.5), jnp.array(jnp.nan)],
+    ids=str,
+)
 def test_a_gain_that_makes_no_sense_is_refused(gain):
     with pytest.raises(ValueError, match=r"gain must be positive and finite"):
-        agd_jax.agd(gain)
+        agd_jax.agd(gain=gain)
+
+
+def test_a_gain_is_one_number():
+    with pytest.raises(ValueError, match=r"takes one number, not an array of shape \(2,\)"):
+        agd_jax.agd(gain=jnp.ones(2))
+
+
+@pytest.mark.parametrize("make", [lambda: agd_jax.agd(1e-3), lambda: agd_jax.agd(learning_rate=1)])
+def test_a_learning_rate_is_refused(make):
+    with pytest.raises(TypeError, match=r"^agd\(\) has no learning rate: .* write agd\(\)"):
+        make()
+    parameters = inspect.signature(agd_jax.agd).parameters.values()
+    assert {(p.name, p.kind) for p in parameters} == {("gain", inspect.Parameter.KEYWORD_ONLY)}
+
+
+def test_a_schedule_is_refused_with_what_to_do():
+    with pytest.raises(TypeError, match=r"optax\.inject_hyperparams\(agd_jax\.agd\)\(gain=sch"):
+        agd_jax.agd(gain=optax.constant_schedule(1.0))
+
+
+class ConvBatchNorm(nnx.Module):
+    """What is normalised over the batch does not depend on the convolution's bias."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.out = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+class Attention(nnx.Module):
+    """Softmax does not depend on a key's bias."""
+
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 3, 16, decode=False, rngs=rngs)
+        self.out = nnx.Linear(3, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.attention(x.reshape(len(x), -1, 3))).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "useless"),
+    [(ConvBatchNorm, ("conv", "bias")), (Attention, ("attention", "key", "bias"))],
+)
+@pytest.mark.filterwarnings("ignore:agd_jax takes the last two axes")
+def test_a_gradient_of_nothing_but_rounding_moves_nothing(make, useless):
+    graphdef, params, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
+    y = jax.random.randint(jax.random.key(2), (64,), 0, 4)
+    tx = agd_jax.agd()
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params, rest, copy=True)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, grads
+
+    before, state, noise = dict(nnx.to_flat_state(params)), tx.init(params), 0
+    for _ in range(100):
+        params, state, grads = step(params, state)
+        noise += jnp.linalg.norm(dict(nnx.to_flat_state(grads))[useless][...])
+    assert noise > 0
+    for path, param in nnx.to_flat_state(params):
+        moved = np.any(param[...] != before[path][...])
+        assert moved == (path != useless), path
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_hidden(bad):
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    grads = {"a": jnp.full((2, 2), bad), "b": jnp.ones((2, 2))}
+    tx = agd_jax.agd()
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert np.all(np.isnan(updates["a"]))
+    assert not np.isfinite(state.gradient_summary)
 
 
 def test_library_imports_jax_and_optax_alone():
