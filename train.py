@@ -4,8 +4,7 @@
 import logging
 import sys
 
-import tyro
-
+from input_pipeline.command_line import parse
 from input_pipeline.errors import DataError
 from training import stopping
 from training.config import ConfigError, TrainConfig
@@ -18,7 +17,7 @@ def main() -> int:
     One that a signal ended has 128 and the signal's number, 143 for SIGTERM and 130 for Ctrl-C.
     """
     stopping.end_at_once()
-    config = tyro.cli(TrainConfig, use_underscores=True)
+    config = parse(TrainConfig, "train.py")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("input_pipeline").setLevel(logging.INFO)
     # What Orbax logs of a failure, at length, is said in one line of our own.

@@ -35,10 +35,11 @@ class Source(Protocol):
 
 
 class Sources(NamedTuple):
-    """The two splits."""
+    """The two splits, and the name of each class in the order of the labels."""
 
     train: Source
     test: Source
+    classes: tuple[str, ...]
 
 
 class ArrayRecordSource:
@@ -111,7 +112,9 @@ def find(spec: DatasetSpec, data_dir: str | None = None) -> Sources:
     Raises:
       DataError: if there is neither, or not in a form that can be read.
     """
-    root = data_path(data_dir or os.environ.get(ENVIRONMENT_VARIABLE))
+    if data_dir is None:
+        data_dir = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    root = data_path(data_dir)
     if (root / spec.tfds_name).is_dir():
         return _prepared(spec, root)
     if (root / "train").is_dir() and (root / "val").is_dir():
@@ -148,7 +151,8 @@ def _prepared(spec: DatasetSpec, root) -> Sources:
             f"--data_dir {root}: {spec.tfds_name} has no splits train and validation, only "
             f"{', '.join(builder.info.splits)}"
         )
-    sources = Sources(*(ArrayRecordSource(builder, split) for split in splits))
+    classes = tuple(builder.info.features["label"].names)
+    sources = Sources(*(ArrayRecordSource(builder, split) for split in splits), classes)
     present = {path.name for path in type(root)(folder).iterdir()}
     shards = [name for split in splits for name in builder.info.splits[split].filenames]
     if missing := [name for name in shards if name not in present]:
@@ -167,7 +171,8 @@ def _folders(spec: DatasetSpec, root) -> Sources:
                 f"--data_dir {root}: {split} has no folders of pictures, one for each class"
             )
     classes = _labels(spec, root, set().union(*splits.values()))
-    return Sources(*(FolderSource(root / s, pictures, classes) for s, pictures in splits.items()))
+    sources = (FolderSource(root / s, pictures, classes) for s, pictures in splits.items())
+    return Sources(*sources, tuple(classes))
 
 
 def _pictures(folder) -> dict[str, list[str]]:

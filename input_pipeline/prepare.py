@@ -1,6 +1,6 @@
 """TFDS-prepared folders: found, or downloaded and prepared without TensorFlow.
 
-``python -m input_pipeline.prepare cifar10 --data_dir DIR`` prepares one by itself, for machines
+``./run prepare cifar10 --data_dir DIR`` prepares one by itself, for machines
 whose training nodes have no network.
 
 TFDS's own builders of these data sets read files and encode pictures through TensorFlow. So the
@@ -15,13 +15,15 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated
 
 import numpy as np
 import tyro
 from tyro.conf import Positional
 
+from input_pipeline.command_line import FOLDER, parse
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS, DatasetSpec
 
@@ -34,6 +36,9 @@ IMAGENET_TARS = IMAGENET_TRAIN, IMAGENET_VALIDATION = (
     "ILSVRC2012_img_val.tar",
 )
 IMAGENET_SIZES = {"train": 1_281_167, "validation": 50_000}
+
+# What can be prepared.
+PREPARED = tuple(name for name, spec in SPECS.items() if spec.stored)
 
 # (key, example) pairs, as TFDS builders generate them.
 Examples = Iterator[tuple[int, dict]]
@@ -51,7 +56,7 @@ def check_available(spec: DatasetSpec, data_dir) -> None:
         if not _reachable(url):
             raise DataError(
                 f"--dataset {spec.name}: not prepared in {data_dir}, and {url} cannot be reached; "
-                f"run `python -m input_pipeline.prepare {spec.name} --data_dir DIR` where it can, "
+                f"run `./run prepare {spec.name} --data_dir DIR` where it can, "
                 "then give that DIR as --data_dir"
             )
     elif (found := builder.info.file_format.value) != "array_record":
@@ -250,33 +255,50 @@ ARCHIVES = {
 }
 
 
-def main(dataset: Positional[str], data_dir: str | None = None, tars: Path | None = None) -> None:
-    """Downloads, prepares and decodes a data set, so that training on it starts at once.
+@dataclass(frozen=True)
+class Options:
+    """Downloads, prepares and decodes a data set, so that training on it starts at once."""
 
-    Args:
-      dataset: mnist, cifar10, cifar100 or imagenet.
-      data_dir: where to; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      tars: where ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar are, for imagenet.
+    dataset: Annotated[Positional[str], tyro.conf.arg(metavar="|".join(PREPARED))]
+    """The data set."""
+    data_dir: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="DIR",
+            help_behavior_hint="(default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)",
+        ),
+    ] = None
+    """Where to."""
+    tars: Annotated[
+        Path | None, FOLDER, tyro.conf.arg(metavar="DIR", help_behavior_hint="(for imagenet)")
+    ] = None
+    """Where ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar are."""
+
+
+def main(options: Options) -> None:
+    """Prepares, and says where.
+
+    Raises:
+      DataError: if it cannot be done.
     """
     from input_pipeline import sources
 
-    names = [*ARCHIVES, "imagenet"]
-    if dataset not in names:
-        _refuse(f"{dataset}: unknown; choose from {', '.join(names)}")
-    try:
-        if dataset == "imagenet":
-            prepare_imagenet(tars, sources.data_path(data_dir))
-        else:
-            sources.load(SPECS[dataset], data_dir)
-    except DataError as error:
-        _refuse(str(error))
-    print(f"{dataset} is prepared in {sources.data_path(data_dir)}")
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    if options.dataset not in PREPARED:
+        raise DataError(f"{options.dataset}: unknown; choose from {', '.join(PREPARED)}")
+    folder = sources.data_path(options.data_dir)
+    if options.dataset == "imagenet":
+        prepare_imagenet(options.tars, folder)
+    else:
+        sources.load(SPECS[options.dataset], options.data_dir)
+    print(f"{options.dataset} is prepared in {folder}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    options = parse(Options, "./run prepare")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("input_pipeline").setLevel(logging.INFO)
+    try:
+        main(options)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -31,20 +31,40 @@ class Split(NamedTuple):
         return len(self.labels)
 
 
+SPLITS = ("train", "test")
+Splits = tuple[Split, Split]
+
+
 class Arrays(NamedTuple):
-    """A whole data set in host memory."""
+    """A whole data set in host memory.
+
+    Attributes:
+      train: its training split.
+      test: its test split.
+      classes: the name of each class, in the order of the labels.
+    """
 
     train: Split
     test: Split
+    classes: tuple[str, ...]
 
 
 def data_path(data_dir: str | os.PathLike | None = None) -> epath.Path:
     """The folder of TFDS: the one given, else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     It may be in a cloud, ``gs://bucket/folder``; TFDS and ArrayRecord read it there.
+
+    Raises:
+      DataError: if it is the name of a file, or empty.
     """
-    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return epath.Path(data_dir or default).expanduser()
+    if data_dir is None:
+        data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if not data_dir:
+        raise DataError("--data_dir: an empty name is no folder; leave the flag out, or give one")
+    path = epath.Path(data_dir).expanduser()
+    if os.path.isfile(path):
+        raise DataError(f"--data_dir {path}: is a file; give a folder")
+    return path
 
 
 def load(spec: DatasetSpec, data_dir: str | os.PathLike | None = None) -> Arrays:
@@ -57,16 +77,22 @@ def load(spec: DatasetSpec, data_dir: str | os.PathLike | None = None) -> Arrays
     Raises:
       DataError: if it is neither prepared nor to be downloaded, or is not what it should be.
     """
-    if spec.tfds_name is None:
+    if not spec.stored:
         return _digits()
     folder = data_path(data_dir)
     prepare.check_available(spec, folder)
     if "://" in os.fspath(folder):
         # There are no locks in a cloud, nor caches beside the data.
-        return _decode_all(spec, prepare.prepared_builder(spec, folder))
+        builder = prepare.prepared_builder(spec, folder)
+        return Arrays(*_decode_all(spec, builder), _classes(builder))
     # One process prepares and decodes; others that start meanwhile wait and read its cache.
     with _lock(Path(folder) / f".{spec.tfds_name}.lock"):
-        return _decoded(spec, prepare.prepared_builder(spec, folder))
+        builder = prepare.prepared_builder(spec, folder)
+        return Arrays(*_decoded(spec, builder), _classes(builder))
+
+
+def _classes(builder) -> tuple[str, ...]:
+    return tuple(builder.info.features["label"].names)
 
 
 def _digits() -> Arrays:
@@ -78,7 +104,8 @@ def _digits() -> Arrays:
     # The file is ordered by writer. RandomState's streams are frozen: the split never changes.
     order = np.random.RandomState(0).permutation(len(labels))
     train, test = order[:-360], order[-360:]
-    return Arrays(Split(images[train], labels[train]), Split(images[test], labels[test]))
+    splits = (Split(images[part], labels[part]) for part in (train, test))
+    return Arrays(*splits, classes=tuple(map(str, bunch.target_names)))
 
 
 @contextmanager
@@ -92,17 +119,17 @@ def _lock(path: Path):
         yield
 
 
-def _decoded(spec: DatasetSpec, builder) -> Arrays:
+def _decoded(spec: DatasetSpec, builder) -> Splits:
     """The pictures of a prepared data set, from the cache beside it where that is current."""
     folder = Path(os.fspath(builder.data_path))
     cache = folder.parent / f"decoded-{folder.name}.npz"
     fingerprint = _fingerprint(folder)
-    arrays = _read_cache(cache, fingerprint)
-    if arrays is None:
+    splits = _read_cache(cache, fingerprint)
+    if splits is None:
         log.info("decoding %s once; the next start reads %s", spec.name, cache)
-        arrays = _decode_all(spec, builder)
-        _write_cache(cache, fingerprint, arrays)
-    return arrays
+        splits = _decode_all(spec, builder)
+        _write_cache(cache, fingerprint, splits)
+    return splits
 
 
 def _fingerprint(folder: Path) -> str:
@@ -111,15 +138,14 @@ def _fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _read_cache(path: Path, fingerprint: str) -> Arrays | None:
+def _read_cache(path: Path, fingerprint: str) -> Splits | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["fingerprint"]) != fingerprint:
                 return None
             # Reading a member to its end checks its CRC: a damaged file is an error here.
-            return Arrays(
-                *(Split(stored[f"{s}_images"], stored[f"{s}_labels"]) for s in Arrays._fields)
-            )
+            train, test = (Split(stored[f"{s}_images"], stored[f"{s}_labels"]) for s in SPLITS)
+            return train, test
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -127,9 +153,9 @@ def _read_cache(path: Path, fingerprint: str) -> Arrays | None:
         return None
 
 
-def _write_cache(path: Path, fingerprint: str, arrays: Arrays) -> None:
+def _write_cache(path: Path, fingerprint: str, splits: Splits) -> None:
     members = {"fingerprint": np.array(fingerprint)}
-    for name, split in arrays._asdict().items():
+    for name, split in zip(SPLITS, splits, strict=True):
         members |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
     # The lock makes this name ours, and what a killed process left there is overwritten.
     partial = path.with_name(path.name + ".partial")
@@ -144,8 +170,8 @@ def _write_cache(path: Path, fingerprint: str, arrays: Arrays) -> None:
         log.warning("the next start decodes again: cannot write %s (%s)", path, error.strerror)
 
 
-def _decode_all(spec: DatasetSpec, builder) -> Arrays:
-    return Arrays(_decode(spec, builder, "train"), _decode(spec, builder, "test"))
+def _decode_all(spec: DatasetSpec, builder) -> Splits:
+    return _decode(spec, builder, "train"), _decode(spec, builder, "test")
 
 
 def _decode(spec: DatasetSpec, builder, split: str) -> Split:

@@ -30,6 +30,11 @@ class DatasetSpec:
     loss: Literal["mse", "xent"] = "mse"
     streamed: bool = False
 
+    @property
+    def stored(self) -> bool:
+        """Whether it is read from a folder that a user may choose."""
+        return self.tfds_name is not None
+
 
 SPECS = {
     spec.name: spec

@@ -24,7 +24,7 @@ class Noise(NamedTuple):
 
 def sources(train_bs: int, test_bs: int) -> Sources:
     """Splits of as many examples as the epochs have."""
-    return Sources(Noise(TRAIN_BATCHES * train_bs), Noise(TEST_BATCHES * test_bs))
+    return Sources(Noise(TRAIN_BATCHES * train_bs), Noise(TEST_BATCHES * test_bs), classes=())
 
 
 class NoiseStream:

@@ -1,6 +1,7 @@
 """Small data sets of the form of the real ones."""
 
 import io
+import tarfile
 
 import numpy as np
 from PIL import Image
@@ -50,3 +51,29 @@ def write_tree(root, train, test, synsets=SYNSETS):
             picture = photograph(40 + i % 17, 60 - i % 13, seed=i % len(synsets))
             path.write_bytes(encoded(picture))
     return root
+
+
+def write_tars(folder, train, validation):
+    """The two archives of ILSVRC 2012, with few pictures; returns the bytes of each by name."""
+    pictures = {}
+
+    def add(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+    def picture(name, **options):
+        pictures[name] = encoded(photograph(30, 40, seed=len(pictures)), **options)
+        return pictures[name]
+
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        for synset, names in train.items():
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for name in names:
+                    add(inner, name, picture(name))
+            add(outer, f"{synset}.tar", buffer.getvalue())
+    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name in validation:
+            add(tar, name, picture(name, format="png"))
+    return pictures

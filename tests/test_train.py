@@ -1,15 +1,24 @@
 """The command line, as a user has it."""
 
+import fcntl
+import importlib.util
 import os
 import pty
 import re
+import socket
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
+import pyte
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+COORDINATOR = ["--num_processes", "2", "--process_id", "1", "--coordinator"]
 
 
 def train(*flags, **kwargs):
@@ -48,6 +57,34 @@ def test_help_has_every_flag_in_a_line_and_imports_nothing_heavy():
         (["--width", "0"], "error: --width 0: must be at least 1"),
         (["--epochs", "-1"], "error: --epochs -1: must be at least 1"),
         (["--platform", "tpu"], "error: --platform tpu: JAX finds no such device"),
+        (["--platform", "gpu"], "error: --platform gpu: JAX finds no such device"),
+        (
+            ["--epochs", "ten"],
+            "error: --epochs: invalid literal for int() with base 10: 'ten'; see",
+        ),
+        (
+            ["--epoch", "3"],
+            "error: Unrecognized options: --epoch, 3; perhaps --epochs INT was meant",
+        ),
+        (["--workdir", ""], "error: --workdir: an empty name is no folder"),
+        (["--data_dir", "x"], "error: --data_dir x: digits is read from no folder"),
+        (["--dataset", "mnist", "--data_dir", ""], "error: --data_dir: an empty name is no folder"),
+        (
+            ["--dataset", "mnist", "--data_dir", __file__],
+            f"error: --data_dir {__file__}: is a file",
+        ),
+        (["--dataset", "imagenet", "--data_dir", __file__], "error: --data_dir "),
+        (["--arch", "vgg16", "--depth", "20"], "error: --depth 20: is for fcn, not for vgg16"),
+        (["--arch", "resnet18", "--width", "9"], "error: --width 9: is for fcn, not for resnet18"),
+        (
+            [*COORDINATOR, "localhost"],
+            "error: --coordinator localhost: give a host and a port, as in",
+        ),
+        ([*COORDINATOR, ""], "error: --coordinator : give a host and a port"),
+        (
+            [*COORDINATOR, "localhost:99999"],
+            "error: --coordinator localhost:99999: give a host and",
+        ),
     ],
 )
 def test_wrong_flags_are_answered_in_one_line(tmp_path, flags, message):
@@ -65,7 +102,7 @@ def test_data_that_is_nowhere_to_be_had_is_one_line_too(tmp_path):
     run = train("--dataset", "cifar100", "--data_dir", tmp_path / "none", env=env, timeout=30)
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: --dataset cifar100: not prepared in {tmp_path}")
-    assert "run `python -m input_pipeline.prepare cifar100 --data_dir DIR`" in run.stderr
+    assert "run `./run prepare cifar100 --data_dir DIR`" in run.stderr
     assert run.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -80,22 +117,121 @@ def test_a_loss_that_is_not_finite_is_one_line_too(tmp_path):
     )
 
 
-def test_on_a_terminal_there_is_a_bar(tmp_path):
-    flags = ["--epochs", "4", "--train_bs", "1", "--depth", "4", "--workdir", tmp_path / "run"]
-    command = [sys.executable, ROOT / "train.py", *map(str, flags)]
+@pytest.mark.parametrize("together", [False, True], ids=["one process", "--distribute"])
+def test_a_platform_of_the_environment_that_is_not_there_is_one_line_too(tmp_path, together):
+    env = os.environ | {"JAX_PLATFORMS": "cuda"}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    flags = ["--coordinator", address, "--num_processes", "1", "--process_id", "0"]
+    run = train(*(flags if together else []), cwd=tmp_path, env=env, timeout=60)
+    assert run.returncode == 2
+    assert run.stderr.startswith(
+        "error: JAX_PLATFORMS=cuda: JAX finds no such device; leave it out"
+    )
+    assert run.stderr.count("\n") == 1
+
+
+PLUGIN = """
+from jax._src import hardware_utils, xla_bridge
+from jax._src.lib import xla_client
+
+def initialize():
+    hardware_utils.has_visible_nvidia_gpu = lambda: True
+    xla_bridge.register_backend_factory("{name}", xla_client.make_cpu_client, priority=500)
+"""
+
+
+@pytest.mark.parametrize("name", ["cuda", "rocm"])
+def test_platform_gpu_is_the_kind_that_is_installed(tmp_path, name):
+    """A plugin as NVIDIA's or AMD's registers itself, with a CPU behind it."""
+    package = tmp_path / "jax_plugins" / f"xla_{name}9"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PLUGIN.format(name=name))
+    about = tmp_path / "plugin-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        f"[jax_plugins]\nxla_{name}9 = jax_plugins.xla_{name}9\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.fspath(tmp_path)}
+    flags = ["--platform", "gpu", "--epochs", "1", "--workdir", tmp_path / "run"]
+    run = train(*flags, env=env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "devices   1 x cpu" in run.stdout
+
+
+def test_a_run_outlives_whoever_reads_its_output(tmp_path):
+    command = f"{sys.executable} {ROOT / 'train.py'} --epochs 30 --workdir run | head -n 1"
+    run = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0
+    assert run.stdout == "devices   1 x cpu (cpu)\n"
+    expected = "nobody reads standard output any more; the run goes on without it\n"
+    assert run.stderr == expected
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 30
+
+
+def on_a_terminal(*flags, columns=80, interrupt_at=None, cwd=None):
+    """Runs on a terminal, and presses Ctrl-C when it shows what is to be waited for.
+
+    Returns:
+      The exit code, and every screen that was shown, as a list of lines.
+    """
     ours, theirs = pty.openpty()
-    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120"}
-    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags)],
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+        cwd=cwd,
+        # The terminal of the process, so that its Ctrl-C is a signal to it.
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"TERM": "xterm-256color"},
+    )
     os.close(theirs)
-    output = b""
+    screen = pyte.Screen(columns, 60)
+    stream, screens = pyte.ByteStream(screen), []
     while True:
         try:
-            output += os.read(ours, 65536)
+            stream.feed(os.read(ours, 65536))
         except OSError:  # The other end is closed.
-            break
-    assert process.wait() == 0
-    bar = re.compile(
-        rb"epoch [1-4]/4 .*loss \d\.\d{4}  acc [\d.]+%  eta \d\.\d{4}  [\d,]+ images/s"
-    )
-    assert bar.search(output)
-    assert b"Result" in output
+            return process.wait(), screens
+        screens.append([line.rstrip() for line in screen.display if line.strip()])
+        if interrupt_at and any(interrupt_at in line for line in screens[-1]):
+            interrupt_at = None
+            os.write(ours, b"\x03")
+
+
+BAR = re.compile(
+    r"epoch [1-4]/4 ━.* loss \d\.\d{4}  acc [\d.]+%  eta \d\.\d{4}  [\d,]+ img/s \d:\d\d:\d\d"
+)
+ROW = re.compile(r" +\d+( +\d\.\d{4} +[\d.]+%){2} +\d\.\d{4}  \d\.\d{4}-\d\.\d{4} +[\d,]+")
+
+
+def test_a_terminal_of_eighty_columns_is_wide_enough(tmp_path):
+    flags = ["--epochs", "4", "--train_bs", "1", "--depth", "4", "--workdir", "run"]
+    code, screens = on_a_terminal(*flags, cwd=tmp_path)
+    assert code == 0
+    assert any(line.startswith("compiling ━") for screen in screens for line in screen)
+    assert any(BAR.fullmatch(line) for screen in screens for line in screen)
+    last = screens[-1]
+    assert sum(bool(ROW.fullmatch(line)) for line in last) == 4
+    (heading,) = (line for line in last if line.startswith("epoch  train loss"))
+    assert len(heading) < 80
+    assert not any("━" in line for line in last)
+    (checkpoints,) = (line for line in last if "checkpoints" in line)
+    assert "5748 (" in checkpoints
+    assert last[-1].startswith(("metrics", "dashboard"))
+    assert ("dashboard" in last[-1]) == bool(importlib.util.find_spec("tensorboard"))
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
+    flags = ["--epochs", "10000", "--train_bs", "4", "--workdir", tmp_path / "run"]
+    code, screens = on_a_terminal(*flags, columns=columns, interrupt_at="img/s")
+    assert code == 130
+    assert "saving after this step; Ctrl-C again ends at once" in screens[-1]
+    assert not any("img/s" in line for line in screens[-1])
+    assert any(line.startswith("stopped: SIGINT after step ") for line in screens[-1])

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import orbax.checkpoint as ocp
@@ -69,31 +69,56 @@ def saved_config(workdir: Path) -> TrainConfig:
     return config_of(run)
 
 
-def read_model(workdir: Path, which: Which, like: dict) -> tuple[int, dict]:
-    """Reads the parameters and running averages of a checkpoint.
+class Saved(NamedTuple):
+    """What a checkpoint has of a network.
+
+    Attributes:
+      step: after which it was saved.
+      run: its item ``run``.
+      model: its parameters and running averages, as ``{"params": ..., "batch_stats": ...}``.
+    """
+
+    step: int
+    run: dict
+    model: dict
+
+
+def read_last(workdir: Path, like: dict) -> Saved:
+    """Reads the network of the newest checkpoint that can be read.
 
     Args:
       workdir: of a run.
-      which: the checkpoint of the epoch with the best test accuracy, or the last one.
-      like: their shapes with shardings, as ``{"params": ..., "batch_stats": ...}``.
-
-    Returns:
-      The step of the checkpoint, and the arrays, in the form of ``like``.
+      like: the shapes of the model, with shardings.
 
     Raises:
-      ConfigError: if there is no such checkpoint, or it cannot be read.
+      ConfigError: if there is none.
     """
-    like = {"model": like}
     with reading(folder_of(workdir)) as reader:
-        step, (run, arrays) = _last(workdir, reader, like)
-        best = best_step(run["records"], {*reader.all_steps()}) or step
-        if which == "best" and best != step:
-            step, path = best, folder_of(workdir) / str(best)
-            try:
-                _, arrays = read_items(reader, step, like)
-            except Exception as error:
-                raise ConfigError(f"{path}: cannot be read ({one_line(error)})") from error
-    return step, arrays["model"]
+        step, (run, arrays) = _last(workdir, reader, {"model": like})
+    return Saved(step, run, arrays["model"])
+
+
+def read_best(workdir: Path, like: dict, last: Saved) -> Saved:
+    """Reads the network of the epoch with the best test accuracy, likewise.
+
+    Args:
+      workdir: of a run.
+      like: the shapes of the model, with shardings.
+      last: from :func:`read_last`, which may be it.
+
+    Raises:
+      ConfigError: if it cannot be read.
+    """
+    with reading(folder_of(workdir)) as reader:
+        step = best_step(last.run["records"], {*reader.all_steps()})
+        if step in (last.step, None):
+            return last
+        try:
+            run, arrays = read_items(reader, step, {"model": like})
+        except Exception as error:
+            path = folder_of(workdir) / str(step)
+            raise ConfigError(f"{path}: cannot be read ({one_line(error)})") from error
+    return Saved(step, run, arrays["model"])
 
 
 def load(workdir: str | os.PathLike, which: Which = "best") -> tuple[nnx.Module, TrainConfig]:
@@ -113,17 +138,44 @@ def load(workdir: str | os.PathLike, which: Which = "best") -> tuple[nnx.Module,
 
     Raises:
       ConfigError: if there is no such checkpoint, or it cannot be read.
+      ValueError: if ``which`` is neither.
     """
+    trained = load_all(workdir, which)
+    return trained.model, trained.config
+
+
+class Trained(NamedTuple):
+    """A trained network, and what there is to know to use it.
+
+    Attributes:
+      model: as :func:`load` returns it.
+      config: of the run.
+      step: after which it was saved.
+      classes: their names, in the order of the logits; none for noise.
+    """
+
+    model: nnx.Module
+    config: TrainConfig
+    step: int
+    classes: list[str]
+
+
+def load_all(workdir: str | os.PathLike, which: Which = "best") -> Trained:
+    """As :func:`load`, with the step and the names of the classes."""
+    if which not in get_args(Which):
+        raise ValueError(f"which={which!r}: choose from {', '.join(get_args(Which))}")
     workdir = Path(workdir).expanduser()
     config = saved_config(workdir)
     with jax.enable_x64(config.precision == "f64"):
         model = nnx.eval_shape(lambda: network.create(config))
         graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
         like = on_one_device({"params": params, "batch_stats": batch_stats})
-        _, saved = read_model(workdir, which, like)
-    model = nnx.merge(graphdef, saved["params"], saved["batch_stats"])
+        saved = read_last(workdir, like)
+        if which == "best":
+            saved = read_best(workdir, like, saved)
+    model = nnx.merge(graphdef, saved.model["params"], saved.model["batch_stats"])
     model.eval()
-    return model, config
+    return Trained(model, config, saved.step, saved.run["classes"])
 
 
 def folder_of(workdir: Path) -> Path:
@@ -174,6 +226,8 @@ def _checked(run: Any, step: int) -> dict:
         and isinstance(run.get("seconds"), int | float)
         and isinstance(run.get("position"), dict)
         and isinstance(run.get("sizes"), list)
+        # Runs before there were any have none.
+        and isinstance(run.setdefault("classes", []), list)
     ):
         raise ValueError("its item `run` is not what a run saves")
     return run
@@ -207,7 +261,7 @@ def _last(workdir: Path, reader: ocp.CheckpointManager, like: dict) -> tuple[int
     step, saved, damaged = newest_readable(reader, lambda step: read_items(reader, step, like))
     if step is None:
         problem = "none of its checkpoints can be read" if damaged else "holds no checkpoint"
-        raise ConfigError(f"--workdir {workdir}: {problem}")
+        raise ConfigError(f"{workdir}: {problem}")
     return step, saved
 
 
@@ -229,6 +283,9 @@ def on_one_device(tree: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """The end of the first line of an error's message, where long ones come to the point."""
+    """What an error's message comes to: the end of its first line, where long ones get concrete."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
+    # TensorStore appends what it was asked for, as a page of JSON.
+    for details in (" [tensorstore_spec", " [source locations", " See full TensorStore details"):
+        line = line.partition(details)[0]
     return line if len(line) <= 160 else f"... {line[-160:]}"

@@ -11,6 +11,7 @@ from typing import Annotated, get_type_hints
 
 import tyro
 
+from input_pipeline.command_line import FOLDER
 from input_pipeline.specs import SPECS, DatasetSpec
 from models import ARCHITECTURES
 
@@ -20,6 +21,10 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 PRECISIONS = ("f32", "bf16", "f64")
 MESH_AXES = ("data", "fsdp", "model")
 DATASETS = tuple(SPECS)
+
+# Of fcn.
+DEPTH = 10
+WIDTH = 256
 
 # What a run that goes on must have in common with its checkpoint.
 IDENTITY = (
@@ -64,9 +69,9 @@ class TrainConfig:
     """Examples in a test batch, over all devices together."""
     epochs: int = 60
     """Passes over the training set."""
-    depth: int = 10
+    depth: Annotated[int | None, _flag(("INT",), "10")] = None
     """Number of layers of fcn."""
-    width: int = 256
+    width: Annotated[int | None, _flag(("INT",), "256")] = None
     """Width of the hidden layers of fcn."""
     gain: float = 1.0
     """Multiplies every update; 1 is AGD, 10 an experiment."""
@@ -81,7 +86,7 @@ class TrainConfig:
         str | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
     ] = None
     """Where TensorFlow Datasets keeps its data; for imagenet also a folder with train and val."""
-    workdir: Annotated[Path | None, _flag(("DIR",), "runs/<dataset>-<arch>-<time>")] = None
+    workdir: Annotated[Path | None, FOLDER, _flag(("DIR",), "runs/<dataset>-<arch>-<time>")] = None
     """Where the run leaves its files."""
     platform: Annotated[str | None, _flag(PLATFORMS, "the best that JAX finds")] = None
     """Where to compute."""
@@ -115,6 +120,15 @@ class TrainConfig:
         _choose("--arch", self.arch, ARCHS)
         _choose("--dataset", self.dataset, DATASETS)
         config = dataclasses.replace(self._placed(), loss=self.loss or SPECS[self.dataset].loss)
+        if self.arch == "fcn":
+            depth, width = self.depth or DEPTH, self.width or WIDTH
+            config = dataclasses.replace(config, depth=depth, width=width)
+        else:
+            for name in ("depth", "width"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"--{name} {getattr(self, name)}: is for fcn, not for {self.arch}"
+                    )
         _choose("--loss", config.loss, LOSSES)
         _choose("--precision", self.precision, PRECISIONS)
         _ = self.save_interval
@@ -129,6 +143,8 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{name} {getattr(self, name)}: is for {streamed}, not for {self.dataset}"
                 )
+        if self.data_dir is not None and not SPECS[self.dataset].stored:
+            raise ConfigError(f"--data_dir {self.data_dir}: {self.dataset} is read from no folder")
         if not 0 < self.gain < math.inf:
             raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
         if not 0 <= self.seed < 2**32:
@@ -146,6 +162,11 @@ class TrainConfig:
         if any(x is not None for x in given) and None in given:
             raise ConfigError(
                 "--coordinator, --num_processes and --process_id: give all three of them, or none"
+            )
+        address = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator or "")
+        if self.coordinator is not None and not (address and 0 < int(address[1]) < 2**16):
+            raise ConfigError(
+                f"--coordinator {self.coordinator}: give a host and a port, as in 10.0.0.1:1234"
             )
         if self.num_processes is not None and not 0 <= self.process_id < self.num_processes:
             raise ConfigError(

@@ -1,5 +1,9 @@
 """The terminal: a bar where there is one, plain lines where there is not."""
 
+import importlib.util
+import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,20 +12,26 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from training import metrics
-from training.workdir import CURVES_FILE, METRICS_FILE
+from training.checkpoints import best_step
+from training.workdir import CHECKPOINTS, CURVES_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from training.evaluation import Tested
 
+log = logging.getLogger(__name__)
+
+# Columns of the terminal for what stands beside the bar, and a few to spare.
+BESIDE_BAR = 75
+
 COLUMNS = (
     # heading, width, how the record says it
-    ("epoch", 7, lambda r: str(r["epoch"])),
+    ("epoch", 5, lambda r: str(r["epoch"])),
     ("train loss", 10, lambda r: f"{r['train_loss']:.4f}"),
     ("acc", 6, lambda r: f"{r['train_accuracy']:.1%}"),
     ("test loss", 9, lambda r: f"{r['test_loss']:.4f}"),
     ("acc", 6, lambda r: f"{r['test_accuracy']:.1%}"),
     ("eta", 6, lambda r: f"{r['eta']:.4f}"),
-    ("range in epoch", 15, lambda r: f"{r['eta_min']:.4f}-{r['eta_max']:.4f}"),
+    ("range of eta", 13, lambda r: f"{r['eta_min']:.4f}-{r['eta_max']:.4f}"),
     ("images/s", 9, lambda r: f"{r['images_per_second']:,.0f}"),
 )
 
@@ -31,6 +41,16 @@ def print_tested(tested: list["Tested"]) -> None:
     print("checkpoint    step   epoch  test loss     acc")
     for t in tested:
         print(f"{t.which:10s}  {t.step:6d}  {t.epochs:6.4g}  {t.loss:9.4f}  {t.accuracy:6.2%}")
+
+
+class _Output(rich.console.Console):
+    """Standard output, which a run outlives."""
+
+    def on_broken_pipe(self) -> None:
+        """Goes on in silence where whoever was reading has gone, as `head` does."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.warning("nobody reads standard output any more; the run goes on without it")
 
 
 class Console:
@@ -43,20 +63,22 @@ class Console:
           epochs: how many there will be.
           facts: what to say, by name.
         """
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._console = _Output(highlight=False, soft_wrap=True)
         self._epochs = epochs
         self._bar = None
         for name, fact in facts.items():
             self.say(f"{name:9s} {fact}")
         if self._console.is_terminal:
+            # Room is left for the `^C` that a terminal prints, which would begin another line.
+            bar_width = min(max(self._console.width - BESIDE_BAR, 4), 40)
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width),
                 TextColumn("{task.fields[averages]}"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task(f"epoch 1/{epochs}", total=epochs, averages="")
+            self._task = self._bar.add_task("compiling", total=None, averages="")
 
     def say(self, line: str) -> None:
         """One line, as it is."""
@@ -68,7 +90,7 @@ class Console:
             return
         text = (
             f"loss {averages['loss']:.4f}  acc {averages['accuracy']:.1%}  "
-            f"eta {averages['eta']:.4f}  {averages['images_per_second']:,.0f} images/s"
+            f"eta {averages['eta']:.4f}  {averages['images_per_second']:,.0f} img/s"
         )
         self._bar.update(
             self._task,
@@ -77,11 +99,19 @@ class Console:
             averages=text,
         )
 
-    def begin(self) -> None:
+    def compiling(self) -> None:
+        """Says that the programs of the run are being compiled, in a bar that only moves."""
+        if self._bar is None:
+            self.say("compiling")
+        else:
+            self._bar.start()
+
+    def begin(self, compile_seconds: float) -> None:
         """The heading over the lines of the epochs, and the bar under them."""
+        self.say(f"compiled in {compile_seconds:.1f} s")
         self.say("  ".join(f"{name:>{width}}" for name, width, _ in COLUMNS))
         if self._bar is not None:
-            self._bar.start()
+            self._bar.reset(self._task, total=self._epochs, description=f"epoch 1/{self._epochs}")
 
     def epoch(self, record: dict) -> None:
         """The line of an epoch."""
@@ -112,10 +142,23 @@ class Console:
             "training loss": f"{last['train_loss']:.4f}, accuracy {last['train_accuracy']:.2%}",
             "eta": f"{first['eta']:.4f} in the first epoch, {last['eta']:.4f} in the last",
             "time": f"{seconds:.1f} s, {training:.1f} s of them training",
+            "checkpoints": _checkpoints(records, workdir),
         }
         for name, text in rows.items():
             table.add_row(name, text)
         self._console.print(table)
         self.say(f"curves     {workdir / CURVES_FILE}")
         self.say(f"metrics    {workdir / METRICS_FILE}")
-        self.say(f"dashboard  tensorboard --logdir {workdir}")
+        if importlib.util.find_spec("tensorboard"):
+            self.say(f"dashboard  tensorboard --logdir {workdir}")
+
+
+def _checkpoints(records: list[dict], workdir: Path) -> str:
+    """Which there are to use, as the table has it."""
+    folder = workdir / CHECKPOINTS
+    steps = {int(path.name) for path in folder.glob("*") if path.name.isdigit()}
+    if not steps:
+        return "none"
+    best, last = best_step(records, steps), max(steps)
+    which = f"{last} (best and last)" if best in (last, None) else f"{best} (best), {last} (last)"
+    return f"{which}, in {folder}"

@@ -15,27 +15,36 @@ def draw(records: list[dict], title: str, path: Path) -> None:
     margins = {"left": 0.04, "right": 0.985, "bottom": 0.14, "top": 0.82, "wspace": 0.16}
     figure = Figure(figsize=(12, 3.6), dpi=110)
     loss, accuracy, eta = figure.subplots(1, 3, gridspec_kw=margins)
-    epochs = [r["epoch"] for r in records]
+    epochs, single = [r["epoch"] for r in records], len(records) == 1
 
     def line(axes, name, color, label):
-        # A line of one point cannot be seen.
-        marker = "o" if len(records) == 1 else None
+        # A line of one point cannot be seen, nor an area of one.
+        marker = "o" if single else None
         axes.plot(epochs, [r[name] for r in records], color=color, label=label, marker=marker)
 
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         line(axes, f"train_{name}", TRAIN, "training")
         line(axes, f"test_{name}", TEST, "test")
         axes.set_title(name.capitalize())
-    loss.set_ylim(bottom=0)
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     low, high = ([r[name] for r in records] for name in ("eta_min", "eta_max"))
-    eta.fill_between(epochs, low, high, color=ETA, alpha=0.2, linewidth=0, label="range in epoch")
+    spread = {"color": ETA, "alpha": 0.2, "label": "range in epoch"}
+    if single:
+        eta.vlines(epochs, low, high, linewidth=8, **spread)
+    else:
+        eta.fill_between(epochs, low, high, linewidth=0, **spread)
     line(eta, "eta", ETA, "mean")
     eta.set_title("Automatic learning rate eta")
-    eta.set_ylim(bottom=0)
+    for axes in (loss, eta):
+        # With zero among the values, the space above them is a share of their size.
+        axes.update_datalim([(epochs[0], 0)])
+        axes.autoscale_view()
+        axes.set_ylim(bottom=0)
     for axes in (loss, accuracy, eta):
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if single:
+            axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from training import checkpoints, compilation_cache, loop, metrics, processes, sharding
-from training.checkpoints import Which
+from training.checkpoints import Saved, Which
 from training.config import IDENTITY, ConfigError, TrainConfig
 from training.state import TrainState
 
@@ -47,6 +47,7 @@ def evaluate(given: TrainConfig) -> list[Tested]:
     given = given.to_test()
     sharding.use_platform(given.platform)
     processes.initialize(given)
+    sharding.find_devices(given.platform)
     workdir = given.workdir.expanduser()
     config = _merged(given, checkpoints.saved_config(workdir))
     with contextlib.ExitStack() as stack:
@@ -56,20 +57,23 @@ def evaluate(given: TrainConfig) -> list[Tested]:
         data = loop.load_data(config)
         plan = loop.build_plan(config, mesh)
         run = stack.enter_context(contextlib.closing(loop.build_run(config, mesh, data, plan)))
-        tested = []
-        for which in ("best", "last"):
-            like = {"params": plan.shapes.params, "batch_stats": plan.shapes.batch_stats}
-            try:
-                step, model = checkpoints.read_model(workdir, which, like)
-            except ConfigError as error:
-                if which == "last":
-                    raise
-                log.warning("%s", error)
-                continue
-            state = TrainState(step=jnp.int32(step), opt_state=(), **model)
+        like = {"params": plan.shapes.params, "batch_stats": plan.shapes.batch_stats}
+
+        def tested(which: Which, saved: Saved) -> Tested:
+            state = TrainState(step=jnp.int32(saved.step), opt_state=(), **saved.model)
             averages = metrics.averages(jax.device_get(run.evaluate(state)))
-            tested.append(Tested(which, step, step / run.steps_per_epoch, **averages))
-    return tested
+            return Tested(which, saved.step, saved.step / run.steps_per_epoch, **averages)
+
+        saved = checkpoints.read_last(workdir, like)
+        last = tested("last", saved)
+        try:
+            best = checkpoints.read_best(workdir, like, saved)
+        except ConfigError as error:
+            log.warning("%s", error)
+            return [last]
+        if best.step == last.step:
+            return [last._replace(which="best"), last]
+        return [tested("best", best), last]
 
 
 def _merged(given: TrainConfig, saved: TrainConfig) -> TrainConfig:

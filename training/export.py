@@ -1,27 +1,35 @@
 """Writes what a run has learnt into one file of safetensors, which any framework reads.
 
-    python -m training.export runs/cifar10-resnet18 resnet18.safetensors
+    ./run export runs/cifar10-resnet18 resnet18.safetensors
 
 Its tensors are the parameters, ``blocks.0.convs.1.kernel``, and BatchNorm's running averages,
-``blocks.0.norms.1.mean``, in Flax's axis order; its metadata has the config, as JSON.
+``blocks.0.norms.1.mean``, in Flax's axis order. Its metadata, each a piece of JSON, say how to use
+them: see :func:`metadata`.
 """
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from input_pipeline.command_line import FOLDER, parse
 from training.config import ConfigError
+
+if TYPE_CHECKING:
+    from training.checkpoints import Trained, Which
+
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Options:
     """Exports the parameters of a trained network as safetensors."""
 
-    workdir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
+    workdir: Annotated[tyro.conf.Positional[Path], FOLDER, tyro.conf.arg(metavar="WORKDIR")]
     """The folder of the run."""
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The file to write."""
@@ -29,7 +37,32 @@ class Options:
     """The checkpoint of the best epoch, or the last one."""
 
 
-def export(workdir: Path, file: Path, which: str = "best") -> int:
+def metadata(trained: "Trained") -> dict[str, str]:
+    """What the metadata of a file say, as JSON, of the network and of the images it takes.
+
+    ``config``, all flags; ``step``; ``image_shape``, ``(height, width, channels)`` without the
+    batch; ``mean`` and ``std`` of each channel, the network's input being
+    ``(pixel / 255 - mean) / std``; ``dtype``, in which the network computes; ``classes``, their
+    names in the order of the logits.
+    """
+    import numpy as np
+
+    from training.network import DTYPES
+
+    config, spec = trained.config, trained.config.spec
+    facts = {
+        "config": config.to_json(),
+        "step": trained.step,
+        "image_shape": spec.image_shape,
+        "mean": spec.mean,
+        "std": spec.std,
+        "dtype": np.dtype(DTYPES[config.precision][0]).name,
+        "classes": trained.classes,
+    }
+    return {name: json.dumps(fact) for name, fact in facts.items()}
+
+
+def export(workdir: Path, file: Path, which: "Which" = "best") -> int:
     """Writes the file, whole or not at all.
 
     Args:
@@ -41,20 +74,23 @@ def export(workdir: Path, file: Path, which: str = "best") -> int:
       The number of tensors.
 
     Raises:
-      ConfigError: if there is no such checkpoint, or the file cannot be written.
+      ConfigError: if there is no such checkpoint, or the file cannot be written, or has the name of
+        another format.
     """
+    if file.suffix != SUFFIX:
+        raise ConfigError(f"{file}: is written as safetensors; give a name that ends in {SUFFIX}")
     import numpy as np
     import safetensors.numpy
     from flax import nnx
 
-    from training.checkpoints import load
+    from training.checkpoints import load_all
 
-    model, config = load(workdir, which)
-    state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    trained = load_all(workdir, which)
+    state = nnx.to_flat_state(nnx.state(trained.model, (nnx.Param, nnx.BatchStat)))
     tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
     partial = file.with_name(file.name + ".partial")
     try:
-        safetensors.numpy.save_file(tensors, partial, {"config": json.dumps(config.to_json())})
+        safetensors.numpy.save_file(tensors, partial, metadata(trained))
         partial.replace(file)
     except (OSError, safetensors.SafetensorError) as error:
         raise ConfigError(f"{file}: cannot be written ({error})") from error
@@ -63,7 +99,12 @@ def export(workdir: Path, file: Path, which: str = "best") -> int:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 if it was asked for in a wrong way."""
-    options = tyro.cli(Options, use_underscores=True)
+    options = parse(Options, "./run export")
+    logging.basicConfig(format="%(message)s")
+    import jax
+
+    # Arrays on their way into a file need no accelerator, which may be busy.
+    jax.config.update("jax_platforms", "cpu")
     try:
         count = export(options.workdir, options.file, options.which)
     except ConfigError as error:

@@ -56,6 +56,7 @@ def train(config: TrainConfig) -> Result:
     config = config.resolved()
     sharding.use_platform(config.platform)
     processes.initialize(config)
+    sharding.find_devices(config.platform)
     folder = Path(processes.decide(lambda: os.fspath(workdir.choose(config))))
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -66,12 +67,13 @@ def train(config: TrainConfig) -> Result:
         check_batch_fits(config, data)
         plan = build_plan(config, mesh)
         aside = processes.decide(lambda: enter(workdir.held(folder, config.restart)))
-        saver = enter(Saver(folder, config, (data.train.size, data.test.size)))
+        sizes = data.train.size, data.test.size
+        saver = enter(Saver(folder, config, sizes, data.classes))
         run = enter(contextlib.closing(build_run(config, mesh, data, plan)))
         saved = saver.restore(plan.shapes, run.no_metrics())
         if saved:
+            _check_epochs(config, saved, run.steps_per_epoch)
             run.restore(saved.position, saved.step)
-        snapshot = saved or Snapshot(0, plan.init(), run.no_metrics(), 0, [], run.position())
 
         facts = describe(config, mesh, data, plan.shapes)
         if saved:
@@ -82,8 +84,11 @@ def train(config: TrainConfig) -> Result:
         if aside:
             facts["set aside"] = f"the earlier run, in {aside}"
         reporter_class = Reporter if processes.first() else SilentReporter
-        reporter = enter(reporter_class(config, folder, facts, snapshot.records))
-        if len(snapshot.records) < config.epochs:
+        records = saved.records if saved else []
+        reporter = enter(reporter_class(config, folder, facts, records))
+        reporter.compiling()
+        snapshot = saved or Snapshot(0, plan.init(), run.no_metrics(), 0, [], run.position())
+        if len(records) < config.epochs:
             snapshot = epochs.train_epochs(config, run, snapshot, reporter, saver)
     return Result(folder, snapshot.records, plan.graphdef, snapshot.state)
 
@@ -94,7 +99,7 @@ def load_data(config: TrainConfig) -> Arrays | Sources:
         return sources.load(config.spec, config.data_dir)
     from input_pipeline import imagenet, synthetic
 
-    if config.spec.tfds_name is None:
+    if not config.spec.stored:
         return synthetic.sources(config.train_bs, config.test_bs)
     return imagenet.find(config.spec, config.data_dir)
 
@@ -106,6 +111,16 @@ def check_batch_fits(config: TrainConfig, data: Arrays | Sources) -> None:
         raise ConfigError(
             f"--train_bs {config.train_bs}: larger than the training set of {config.dataset}; "
             f"it may be 1 to {size}"
+        )
+
+
+def _check_epochs(config: TrainConfig, saved: Snapshot, steps_per_epoch: int) -> None:
+    """Raises ConfigError if a run has been trained for longer than it is asked to be."""
+    epochs = -(-saved.step // steps_per_epoch)
+    if epochs > config.epochs:
+        raise ConfigError(
+            f"--epochs {config.epochs}: {config.workdir} holds a run that is at step "
+            f"{saved.step:,}, of epoch {epochs}; give as many, another --workdir, or --restart"
         )
 
 
@@ -151,7 +166,7 @@ def open_streams(config: TrainConfig, mesh: Mesh, data: Sources) -> tuple:
     from input_pipeline import streaming, synthetic
 
     over_batch = sharding.over_batch(mesh)
-    if config.spec.tfds_name is None:
+    if not config.spec.stored:
         return tuple(
             synthetic.NoiseStream(config.spec, batch_size, over_batch)
             for batch_size in (config.train_bs, config.test_bs)

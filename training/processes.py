@@ -3,6 +3,11 @@
 All run the same program on the same config. Process 0 speaks and writes for all of them.
 """
 
+import logging
+import os
+import socket
+import sys
+import threading
 from collections.abc import Callable
 
 import jax
@@ -10,6 +15,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from training.config import ConfigError, TrainConfig
+
+log = logging.getLogger(__name__)
+
+# Processes of a job that starts may be minutes apart. Who waits longer than a moment says so.
+MEETING_SECONDS = 300
+PATIENCE_SECONDS = 5
 
 # A process that is not heard of for so long is lost, and the others end and say so.
 HEARTBEAT_SECONDS = 30
@@ -25,7 +36,8 @@ def initialize(config: TrainConfig) -> None:
     called before anything else is asked of JAX.
 
     Raises:
-      ConfigError: if it cannot find out, or the processes do not meet.
+      ConfigError: if it cannot find out, or the processes cannot meet. If others do not come, the
+        process ends, with exit code 2.
     """
     if not config.distribute:
         return
@@ -33,19 +45,54 @@ def initialize(config: TrainConfig) -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # It would take SIGTERM, which is for training.stopping.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.num_processes,
-            config.process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    failure: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            jax.distributed.initialize(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                # Time for us to say in one line what JAX says by aborting.
+                initialization_timeout=2 * MEETING_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except Exception as error:
+            failure.append(error)
+
+    # In a thread, since Python answers no signals while its main thread waits inside JAX.
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    if thread.is_alive():
+        log.warning("waiting for %s", _missing(config))
+        thread.join(MEETING_SECONDS - PATIENCE_SECONDS)
+    if thread.is_alive():
+        # Not an exception, on the way of which JAX says the same at length, some seconds later.
+        print(
+            f"error: --distribute: waited {MEETING_SECONDS} s in vain for {_missing(config)}",
+            file=sys.stderr,
+            flush=True,
         )
-    except (ValueError, RuntimeError) as error:
+        os._exit(2)
+    if failure:
         raise ConfigError(
             "--distribute: the processes did not meet; without SLURM, Open MPI, a TPU pod or GKE, "
             "give each of them --coordinator, --num_processes and --process_id "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+            f"({str(failure[0]).splitlines()[0]})"
+        ) from failure[0]
+
+
+def _missing(config: TrainConfig) -> str:
+    """Whom this process waits for, as far as it can tell."""
+    if config.coordinator is None or config.process_id == 0:
+        return "the other processes"
+    host, _, port = config.coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except OSError as error:
+        return f"process 0 at {config.coordinator} ({error.strerror or error})"
+    return "the other processes"
 
 
 def first() -> bool:

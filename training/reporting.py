@@ -71,10 +71,13 @@ class Reporter:
             seconds = time.perf_counter() - self._start
             self._console.summary(self.records, self._before, seconds, self._workdir)
 
+    def compiling(self) -> None:
+        """The programs of the run are being compiled."""
+        self._console.compiling()
+
     def begin(self, compile_seconds: float) -> None:
         """Everything is ready for the first epoch."""
-        self._console.say(f"compiled in {compile_seconds:.1f} s")
-        self._console.begin()
+        self._console.begin(compile_seconds)
 
     def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
         """Moves the bar.
@@ -123,6 +126,9 @@ class SilentReporter:
 
     def __exit__(self, kind, error, traceback) -> None:
         pass
+
+    def compiling(self) -> None:
+        """Says nothing."""
 
     def begin(self, compile_seconds: float) -> None:
         """Says nothing."""

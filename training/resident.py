@@ -62,9 +62,9 @@ class ResidentRun:
         everywhere, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
         # Each process has all of the data, and gives its own devices what they are to hold.
         place = lambda x: jax.make_array_from_process_local_data(everywhere, x, x.shape)
-        self._data = jax.tree.map(place, data)
-        self._no_metrics = jax.device_put(metrics.no_train_metrics(dtype), everywhere)
-        self._no_eval_metrics = jax.device_put(metrics.no_metrics(dtype), everywhere)
+        self._train, self._test = jax.tree.map(place, (data.train, data.test))
+        self._no_metrics = sharding.make(everywhere, lambda: metrics.no_train_metrics(dtype))
+        self._no_eval_metrics = sharding.make(everywhere, lambda: metrics.no_metrics(dtype))
         self._shuffle_key, self._augment_key = jax.random.split(key)
         self._epoch, self._order = None, None
         self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
@@ -107,7 +107,8 @@ class ResidentRun:
 
     def compile(self, state: TrainState) -> TrainState:
         """Compiles everything, so that no epoch is timed with it. The state is donated."""
-        order, sums, (train, test) = self._order_of(0), self._no_metrics, self._data
+        order, sums = self._order_of(0), self._no_metrics
+        train, test = self._train, self._test
         if self._one_by_one:
             # There is no calling a step without taking it: a copy of the state takes it.
             self._step(jax.tree.map(jnp.copy, state), sums, train, order, self._augment_key)
@@ -134,17 +135,17 @@ class ResidentRun:
         """
         order = self._order_of((stop - 1) // self.steps_per_epoch)
         if not self._one_by_one:
-            return self._steps(state, sums, self._data.train, order, self._augment_key, stop)
+            return self._steps(state, sums, self._train, order, self._augment_key, stop)
         # Waiting for each step costs nothing where the device is the host.
         while _unfinished(state, sums, stop):
-            state, sums = self._step(state, sums, self._data.train, order, self._augment_key)
+            state, sums = self._step(state, sums, self._train, order, self._augment_key)
         return state, sums
 
     def evaluate(
         self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
     ) -> Metrics | None:
         """Metrics over the whole test set, each example counted once; None if interrupted."""
-        sums, test = self._no_eval_metrics, self._data.test
+        sums, test = self._no_eval_metrics, self._test
         if not self._one_by_one:
             return self._scores(state, sums, test, self._eval_steps)
         for index in range(self._eval_steps):

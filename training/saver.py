@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +56,19 @@ class Saver:
     and one of several processes in which Orbax failed. All processes call every method alike.
     """
 
-    def __init__(self, workdir: Path, config: TrainConfig, sizes: tuple[int, int]):
+    def __init__(
+        self, workdir: Path, config: TrainConfig, sizes: tuple[int, int], classes: Sequence[str]
+    ):
         """Opens the folder, which is made if it is not there.
 
         Args:
           workdir: of the run.
           config: of the run, resolved.
           sizes: of the training and the test set.
+          classes: their names, in the order of the labels.
         """
         self._folder = folder_of(workdir)
-        self._config, self._sizes = config, sizes
+        self._config, self._sizes, self._classes = config, sizes, classes
         self._seconds, self._steps = config.save_interval
         self._preserved = _LatestAndBest(config.keep)
         self._manager = self._open()
@@ -216,6 +220,7 @@ class Saver:
             "seconds": snapshot.seconds,
             "position": snapshot.position,
             "sizes": self._sizes,
+            "classes": self._classes,
         }
         training = {"step": state.step, "opt_state": state.opt_state, "sums": snapshot.sums}
         items = ocp.args.Composite(

@@ -12,7 +12,9 @@ the whole, and it is XLA that inserts what has to be sent.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,6 +23,8 @@ from training.config import MESH_AXES, ConfigError, TrainConfig
 from training.state import TrainState
 
 DATA, FSDP, MODEL = MESH_AXES
+
+T = TypeVar("T")
 
 
 def make_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -34,7 +38,7 @@ def make_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) 
       ConfigError: if there are no such devices or not as many, or they cannot share a batch.
     """
     if devices is None:
-        devices = _devices(config.platform)
+        devices = find_devices(config.platform)
     sizes = dict.fromkeys(MESH_AXES, 1) | (config.mesh_axes or {DATA: len(devices)})
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(
@@ -50,17 +54,34 @@ def make_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) 
 def use_platform(platform: str | None) -> None:
     """Makes a kind of device the one that JAX uses; to be called before it looks for any."""
     if platform:
-        # JAX_PLATFORMS takes no "gpu": there are two kinds.
-        jax.config.update("jax_platforms", "cuda,rocm" if platform == "gpu" else platform)
+        jax.config.update("jax_platforms", _gpu() if platform == "gpu" else platform)
 
 
-def _devices(platform: str | None) -> list[jax.Device]:
+def _gpu() -> str:
+    """What JAX calls the kind of GPU that it has a plugin for."""
+    plugins = " ".join(plugin.name for plugin in entry_points(group="jax_plugins"))
+    # Not both of them, as JAX takes each that is named and is not installed for an error.
+    return "rocm" if "rocm" in plugins else "cuda"
+
+
+def find_devices(platform: str | None) -> list[jax.Device]:
+    """The devices that JAX uses, those of other processes among them.
+
+    Args:
+      platform: as the flag gives it, which :func:`use_platform` has been told.
+
+    Raises:
+      ConfigError: if there are none.
+    """
     try:
         return jax.devices()
-    except RuntimeError as error:
+    except Exception as error:  # JAX has several for a device that is not there.
+        flag = f"--platform {platform}" if platform else f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        # What JAX says of its own variable would mislead who has given the flag.
+        reason = str(error).split(" (set JAX_PLATFORMS")[0].partition("\n")[0]
         raise ConfigError(
-            f"--platform {platform}: JAX finds no such device; leave the flag out, or "
-            f"install the JAX that has it ({str(error).splitlines()[0]})"
+            f"{flag}: JAX finds no such device; leave it out, or install the JAX that has it, with "
+            "pip install -U 'jax[cuda13]', or 'jax[tpu]'" + (f" ({reason})" if reason else "")
         ) from error
 
 
@@ -77,6 +98,15 @@ def _check_divides(flag: str, batch_size: int, shares: int) -> None:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def make(sharding: NamedSharding, build: Callable[[], T]) -> T:
+    """Builds arrays on the devices of a sharding, in whichever processes they are.
+
+    ``jax.device_put`` of arrays that are on devices already leaves a process without its share of
+    them where it has one device (JAX 0.10.1 to 0.12).
+    """
+    return jax.jit(build, out_shardings=sharding)()
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:

@@ -76,8 +76,10 @@ def on_request() -> Iterator[Request]:
             os._exit(128 + signum)
         request.signum = request.signum or signum
         if signum == signal.SIGINT:
-            # Not print, which may be what was interrupted.
-            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")
+            # Not print, which may be what was interrupted. On a terminal, it takes the place of the
+            # bar, which is drawn again on the next line.
+            lead = b"\r\x1b[2K" if os.isatty(2) else b""
+            os.write(2, lead + b"saving after this step; Ctrl-C again ends at once\n")
 
     before = {signum: signal.signal(signum, note) for signum in SIGNALS}
     try:

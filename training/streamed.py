@@ -69,8 +69,8 @@ class StreamedRun:
         self._batch_sizes = train_bs, test_bs
         self._over_batch = sharding.over_batch(mesh)
         everywhere = sharding.replicated(mesh)
-        self._no_metrics = jax.device_put(metrics.no_train_metrics(dtype), everywhere)
-        self._no_eval_metrics = jax.device_put(metrics.no_metrics(dtype), everywhere)
+        self._no_metrics = sharding.make(everywhere, lambda: metrics.no_train_metrics(dtype))
+        self._no_eval_metrics = sharding.make(everywhere, lambda: metrics.no_metrics(dtype))
         self._steps_taken = 0
         self._reported: set[str] = set()
 

@@ -38,8 +38,8 @@ def prepared_imagenet(tmp_path):
 
 def test_array_records(prepared_imagenet):
     sources = imagenet.find(SPEC, prepared_imagenet())
-    assert [s.size for s in sources] == [7, 7]
-    for source, split in zip(sources, ("train", "validation"), strict=True):
+    assert (sources.train.size, sources.test.size) == (7, 7)
+    for source, split in ((sources.train, "train"), (sources.test, "validation")):
         # TFDS stores them in an order of its own.
         assert {source.name(i) for i in range(7)} == {f"{split}_{i}.JPEG" for i in range(7)}
         for i in range(7):
@@ -56,8 +56,9 @@ def test_a_folder_tree(tmp_path):
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / ".ipynb_checkpoints" / "a.JPEG").write_bytes(b"")
     (root / "val" / "lost+found").mkdir()
-    train, test = imagenet.find(SPEC, root)
+    train, test, classes = imagenet.find(SPEC, root)
     assert (train.size, test.size) == (7, 4)
+    assert [classes[label] for label in LABELS] == list(SYNSETS)
     for source in (train, test):
         for i in range(source.size):
             path = source.name(i)
@@ -67,7 +68,8 @@ def test_a_folder_tree(tmp_path):
 
 def test_folders_that_are_not_of_imagenet_are_numbered_in_order(tmp_path):
     root = write_tree(tmp_path, train=4, test=3, synsets=("dog", "cat", "eel"))
-    train, test = imagenet.find(SPEC, root)
+    train, test, classes = imagenet.find(SPEC, root)
+    assert classes == ("cat", "dog", "eel")
     assert [train[i].label for i in range(4)] == [0, 1, 1, 2]
     assert [test[i].label for i in range(3)] == [0, 1, 2]
 

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from input_pipeline import imagenet, prepare, sources
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
-from tests.pictures import encoded, photograph, small_pictures
+from tests.pictures import small_pictures, write_tars
 
 
 def mnist_archives(folder):
@@ -128,7 +128,7 @@ def test_a_download_that_breaks_off_is_one_line(served, tmp_path):
 
 def test_preparing_by_itself_prints_where(served, tmp_path, capsys):
     served("mnist")
-    prepare.main("mnist", tmp_path / "data")
+    prepare.main(prepare.Options("mnist", str(tmp_path / "data")))
     assert f"mnist is prepared in {tmp_path / 'data'}" in capsys.readouterr().out
 
 
@@ -141,32 +141,6 @@ def test_preparing_an_unknown_data_set_names_the_known():
     )
 
 
-def write_tars(folder, train, validation):
-    """The two archives of ILSVRC 2012, with few pictures; returns the bytes of each by name."""
-    pictures = {}
-
-    def add(tar, name, content):
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
-
-    def picture(name, **options):
-        pictures[name] = encoded(photograph(30, 40, seed=len(pictures)), **options)
-        return pictures[name]
-
-    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
-        for synset, names in train.items():
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as inner:
-                for name in names:
-                    add(inner, name, picture(name))
-            add(outer, f"{synset}.tar", buffer.getvalue())
-    with tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as tar:
-        for name in validation:
-            add(tar, name, picture(name, format="png"))
-    return pictures
-
-
 def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys, caplog):
     train = {
         "n01440764": ["n01440764_1.JPEG", "n01440764_2.JPEG"],
@@ -174,14 +148,15 @@ def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys, caplog):
     }
     validation = ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00050000.JPEG"]
     pictures = write_tars(tmp_path, train, validation)
-    prepare.main("imagenet", data_dir=str(tmp_path / "data"), tars=tmp_path)
+    prepare.main(prepare.Options("imagenet", str(tmp_path / "data"), tars=tmp_path))
     assert "imagenet is prepared in" in capsys.readouterr().out
     assert "train has 3 pictures, and not 1281167; was an archive cut off?" in caplog.text
     # What is prepared needs no archives.
     prepare.prepare_imagenet(None, tmp_path / "data")
 
-    found = {}
-    for source in imagenet.find(SPECS["imagenet"], tmp_path / "data"):
+    sources, found = imagenet.find(SPECS["imagenet"], tmp_path / "data"), {}
+    assert (len(sources.classes), sources.classes[0]) == (1000, "n01440764")
+    for source in (sources.train, sources.test):
         for i in range(source.size):
             assert source[i].data == pictures[source.name(i)]
             found[source.name(i)] = source[i].label

@@ -23,7 +23,8 @@ def test_digits_are_complete_and_normalised_by_their_own_statistics():
     assert arrays.test.images.shape == (360, 8, 8, 1)
     assert arrays.train.images.dtype == np.uint8
     assert arrays.train.images.max() == 255
-    for split in arrays:
+    assert arrays.classes == tuple("0123456789")
+    for split in (arrays.train, arrays.test):
         assert set(split.labels) == set(range(10))
     pixels = arrays.train.images / 255
     assert spec.mean == pytest.approx((pixels.mean(),), abs=1e-3)
@@ -133,7 +134,7 @@ def test_absent_and_unreachable_is_said_quickly_with_what_to_do(tmp_path, monkey
     ) as error:
         sources.load(SPECS["cifar100"], tmp_path / "nowhere")
     assert time.monotonic() - start < 10
-    assert "python -m input_pipeline.prepare cifar100 --data_dir DIR" in str(error.value)
+    assert "./run prepare cifar100 --data_dir DIR" in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "nowhere").exists()
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.pictures import write_tree
+
 LAUNCH = Path(__file__).parents[2] / "launch"
-SMALL = "--arch fcn --dataset digits --platform cpu --epochs 1 --depth 2 --width 16 --test_bs 40"
+SMALL = "--arch fcn --platform cpu --epochs 1 --depth 2 --width 16 --train_bs 16 --test_bs 40"
 
 # Starts two tasks on this node, with what SLURM tells each of them.
 SRUN = """#!{python}
@@ -29,17 +31,16 @@ sys.exit(max(task.wait() for task in tasks))
 """
 
 
-def launch(script, env, workdir):
+def launch(script, env, workdir, *data):
     flags = "--xla_force_host_platform_device_count=4"
-    command = ["sh", LAUNCH / script, *SMALL.split(), "--train_bs", "16", "--workdir", workdir]
-    command += ["--data_dir", workdir, "--precision", "f32"]
+    command = ["sh", LAUNCH / script, *SMALL.split(), "--workdir", workdir, *data]
     run = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags} | env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "8 x cpu (cpu) of 2 processes" in run.stdout
     (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 89
+    return json.loads(line)["step"]
 
 
 @pytest.mark.slow
@@ -49,14 +50,17 @@ def test_slurm(tmp_path):
     srun.write_text(SRUN.format(python=sys.executable))
     srun.chmod(0o755)
     path = f"{srun.parent}{os.pathsep}{os.environ['PATH']}"
-    launch("slurm.sh", {"PATH": path}, tmp_path / "run")
+    tree = write_tree(tmp_path / "imagenet", train=33, test=6)
+    data = ["--data_dir", tree, "--image_size", "16", "--workers", "1", "--precision", "f32"]
+    assert launch("slurm.sh", {"PATH": path}, tmp_path / "run", *data) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="needs Open MPI (Debian: openmpi-bin)")
 def test_open_mpi(tmp_path):
     flags = "--allow-run-as-root" if os.geteuid() == 0 else ""
-    launch("openmpi.sh", {"MPI_FLAGS": flags, "PYTHON": sys.executable}, tmp_path / "run")
+    env = {"MPI_FLAGS": flags, "PYTHON": sys.executable}
+    assert launch("openmpi.sh", env, tmp_path / "run") == 89
 
 
 @pytest.mark.parametrize("script", ["slurm.sh", "openmpi.sh", "tpu_pod.sh"])

@@ -49,7 +49,9 @@ def five_steps(config, devices):
 def main(arch, precision, *meshes):
     if arch == "resnet18":
         network.models.create = functools.partial(network.models.create, width=8)
-    fields = {"arch": arch, "precision": precision, "depth": 5, "width": 32, "test_bs": 40}
+    fields = {"arch": arch, "precision": precision, "test_bs": 40}
+    if arch == "fcn":
+        fields |= {"depth": 5, "width": 32}
     results = []
     for mesh in meshes:
         config = TrainConfig(**fields, train_bs=64, mesh=None if mesh == "one" else mesh).resolved()

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from input_pipeline import sources
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
 from tests.training.test_resuming import RESIDENT, ROOT, same, untimed
-from training import checkpoints, evaluation, loop, metrics, saver
+from training import checkpoints, evaluation, export, loop, metrics, saver
 from training.config import ConfigError, TrainConfig
 from training.epochs import NonFiniteError
 from training.loop import train
@@ -24,6 +25,7 @@ from training.workdir import SaveError
 
 FIELDS = RESIDENT | {"save_every": "20steps"}  # 44 steps an epoch
 SIZES = (1437, 360)
+CLASSES = [str(digit) for digit in range(10)]
 
 
 def steps(workdir):
@@ -82,7 +84,10 @@ def test_the_best_epoch_is_kept_through_a_resumption(tmp_path, monkeypatch):
     ("fields", "message"),
     [
         ({"width": 17}, "--width 17: .* holds a run with --width 16; give that"),
-        ({"arch": "vgg"}, "--arch vgg: .* holds a run with --arch fcn"),
+        (
+            {"arch": "vgg", "depth": None, "width": None},
+            "--arch vgg: .* holds a run with --arch fcn",
+        ),
         ({"dataset": "synthetic_imagenet"}, "--dataset synthetic_imagenet: .* --dataset digits"),
         ({"seed": 1}, "--seed 1: .* --seed 0"),
         ({"loss": "xent"}, "--loss xent: .* --loss mse"),
@@ -121,7 +126,7 @@ def test_any_damaged_file_of_the_newest_checkpoint_is_survived(copied, trained, 
         caplog.clear()
         with (
             caplog.at_level(logging.WARNING, "training"),
-            saver.Saver(copied, config, SIZES) as saved,
+            saver.Saver(copied, config, SIZES, CLASSES) as saved,
         ):
             snapshot = saved.restore(shapes, no_metrics)
         warned = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
@@ -198,7 +203,7 @@ def test_a_checkpoint_stays_until_it_is_saved_anew(tmp_path, monkeypatch):
         untested = checkpoints.Snapshot(44, state, sums, 1.0, [], {})
         record = dict.fromkeys(checkpoints.RECORD, 0) | {"step": 44}
         tested = dataclasses.replace(untested, records=[record])
-        with saver.Saver(tmp_path, config, SIZES) as saving:
+        with saver.Saver(tmp_path, config, SIZES, CLASSES) as saving:
             assert saving.restore(plan.shapes, sums) is None
             saving.save(untested)
             saving.finish()
@@ -217,7 +222,7 @@ def test_a_checkpoint_stays_until_it_is_saved_anew(tmp_path, monkeypatch):
             assert os.listdir(tmp_path / "checkpoints") == ["44"]
             # Killed after it was moved, and before it was saved.
             (tmp_path / "checkpoints" / "44").rename(tmp_path / "checkpoints" / "44.untested")
-        with saver.Saver(tmp_path, config, SIZES) as saving:
+        with saver.Saver(tmp_path, config, SIZES, CLASSES) as saving:
             assert saving.restore(plan.shapes, sums).records == [record]
 
 
@@ -284,7 +289,7 @@ def test_evaluation_of_what_has_running_averages(tmp_path):
     data = loop.load_data(config)
     with contextlib.closing(loop.build_run(config, mesh, data, plan)) as run:
         state, sums = run.train(plan.init(), run.no_metrics(), 3)
-        with saver.Saver(tmp_path, config, SIZES) as saving:
+        with saver.Saver(tmp_path, config, SIZES, CLASSES) as saving:
             saving.save(checkpoints.Snapshot(3, state, sums, 1.0, [], run.position()))
     model, _ = checkpoints.load(tmp_path)
     images = jnp.ones((2, 16, 16, 3))
@@ -310,7 +315,56 @@ def test_export_is_every_parameter_and_average(copied, tmp_path):
     command[3:5] = [tmp_path / "nothing", file]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
-    assert run.stderr == f"error: --workdir {tmp_path / 'nothing'}: holds no checkpoint\n"
+    assert run.stderr == f"error: {tmp_path / 'nothing'}: holds no checkpoint\n"
+
+
+def test_an_export_says_how_to_use_it(copied, trained, tmp_path):
+    import safetensors
+
+    file = tmp_path / "weights.safetensors"
+    export.export(copied, file)
+    with safetensors.safe_open(file, "numpy") as opened:
+        facts = {name: json.loads(fact) for name, fact in opened.metadata().items()}
+    assert facts.pop("config")["width"] == 16
+    assert facts == {
+        "step": best_step(trained.records),
+        "classes": CLASSES,
+        "image_shape": [8, 8, 1],
+        "mean": [0.3054],
+        "std": [0.3757],
+        "dtype": "float32",
+    }
+
+
+def test_an_export_is_not_called_what_it_is_not(copied, tmp_path):
+    with pytest.raises(ConfigError, match=r"w\.npz: is written as safetensors; give a name that"):
+        export.export(copied, tmp_path / "w.npz")
+    assert not list(tmp_path.glob("w*"))
+
+
+def test_only_the_best_and_the_last_can_be_loaded(copied):
+    with pytest.raises(ValueError, match="which='BEST': choose from best, last"):
+        checkpoints.load(copied, "BEST")
+
+
+def test_a_checkpoint_from_before_classes_were_saved_is_read(copied):
+    for step in steps(copied):
+        path = copied / "checkpoints" / str(step) / "run" / "metadata"
+        run = json.loads(path.read_text())
+        del run["classes"]
+        path.write_text(json.dumps(run))
+    assert checkpoints.load_all(copied).classes == []
+
+
+def test_what_is_damaged_is_said_once_and_in_words(copied, caplog):
+    (newest, *_) = reversed(steps(copied))
+    manifest = copied / "checkpoints" / str(newest) / "model" / "manifest.ocdbt"
+    manifest.write_bytes(b"x")
+    shutil.rmtree(manifest.parent / "ocdbt.process_0")
+    evaluation.evaluate(TrainConfig(workdir=copied, platform="cpu"))
+    (warning,) = (m for m in caplog.messages if "cannot be read" in m)
+    assert "tensorstore_spec" not in warning
+    assert re.search(r"manifest\.ocdbt\": Error decoding manifest: [\w ():]+\)$", warning)
 
 
 def test_loading_needs_no_agd_jax(copied):

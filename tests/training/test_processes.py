@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,7 +16,65 @@ from training import processes, workdir
 from training.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
-FLAGS = "--platform cpu --epochs 2 --depth 3 --width 32 --train_bs 16 --test_bs 8"
+FLAGS = "--platform cpu --epochs 2 --depth 3 --width 48 --train_bs 24 --test_bs 24"
+STREAMED = "--dataset imagenet --image_size 16 --workers 1"
+
+
+class Layout(NamedTuple):
+    """Processes that train together, and on what.
+
+    Attributes:
+      processes: how many.
+      devices: of each of them.
+      streamed: whether on a tree of JPEGs, of two batches; else on digits, of 59.
+      mesh: how all devices share the work.
+    """
+
+    processes: int
+    devices: int
+    streamed: bool
+    mesh: str
+
+    @property
+    def total(self):
+        return self.processes * self.devices
+
+    @property
+    def steps(self):
+        return 2 if self.streamed else 59
+
+    def flags(self, tmp_path):
+        flags = ("--mesh", self.mesh)
+        if self.streamed:
+            tree = tmp_path / "imagenet"
+            tree = tree if tree.exists() else write_tree(tree, train=50, test=11)
+            flags += (*STREAMED.split(), "--data_dir", tree)
+        return flags
+
+    def start(self, *flags):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{s.getsockname()[1]}"
+        meet = ("--coordinator", address, "--num_processes", self.processes, "--process_id")
+        return [start(self.devices, *flags, *meet, i) for i in range(self.processes)]
+
+    def run(self, *flags):
+        """What each of them wrote, and its exit code."""
+        return [finish(process) for process in self.start(*flags)]
+
+    def alone(self, *flags):
+        """The same of one process that has all the devices."""
+        return [finish(start(self.total, *flags))]
+
+
+# All pairs: two or three processes, one device each or several, resident or streamed.
+LAYOUTS = [
+    pytest.param(Layout(2, 1, False, "fsdp=2"), id="2x1-resident"),
+    pytest.param(Layout(2, 4, True, "data=2,fsdp=4"), id="2x4-streamed"),
+    pytest.param(Layout(3, 1, True, "data=3"), id="3x1-streamed"),
+    pytest.param(Layout(3, 2, False, "data=3,fsdp=2"), id="3x2-resident"),
+]
+everywhere = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def start(devices, *flags):
@@ -31,65 +91,15 @@ def finish(process):
         process.kill()
 
 
-def start_two(*flags):
-    """Two processes of four devices each."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    meet = lambda i: ("--coordinator", address, "--num_processes", 2, "--process_id", i)
-    return [start(4, *flags, *meet(i)) for i in range(2)]
-
-
-def run_two(*flags):
-    """What each of the two wrote, and its exit code."""
-    return [finish(process) for process in start_two(*flags)]
-
-
 def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--dataset", "imagenet", "--image_size", 16, "--workers", 1),
-        ("--mesh", "data=2,fsdp=4"),
-    ],
-    ids=["streamed", "resident"],
-)
-def test_two_processes_train_as_one_does(tmp_path, flags):
-    if "imagenet" in flags:
-        flags += ("--data_dir", write_tree(tmp_path / "imagenet", train=40, test=11))
-    (out, err, code), (other_out, other_err, other_code) = run_two(
-        *flags, "--workdir", tmp_path / "two"
-    )
-    assert (code, other_code) == (0, 0), err + other_err
-    assert "devices   8 x cpu (cpu) of 2 processes" in out
-    # Gloo announces its connections there, from several threads of C++; we say nothing.
-    assert not any(word in other_out for word in ("devices", "compiled", "epoch", "metrics"))
-    assert {p.name.split(".")[0] for p in (tmp_path / "two").iterdir()} == {
-        "",  # .lock
-        "checkpoints",
-        "config",
-        "metrics",
-        "curves",
-        "events",
-    }
-
-    *_, code = finish(start(8, *flags, "--workdir", tmp_path / "one"))
-    assert code == 0
-    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+def assert_same_training(ours, theirs):
+    for one, other in zip(records(ours), records(theirs), strict=True):
         for name in ("train_loss", "test_loss", "eta", "gradient_summary"):
-            assert two[name] == pytest.approx(one[name], rel=1e-5), name
-        assert two["test_accuracy"] == one["test_accuracy"]
-
-
-def test_what_the_first_process_refuses_ends_all(tmp_path):
-    with workdir.held(tmp_path, restart=False):
-        for _, err, code in run_two("--workdir", tmp_path):
-            assert code == 2
-            assert f"error: --workdir {tmp_path}: another run is using it" in err
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+        assert one["test_accuracy"] == other["test_accuracy"]
 
 
 def wait_for_epochs(folder, epochs=1):
@@ -101,57 +111,135 @@ def wait_for_epochs(folder, epochs=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, lost):
-    flags = ("--workdir", tmp_path / "run", "--save_every", "20steps")
-    both = start_two(*flags, "--epochs", 100_000)
-    wait_for_epochs(tmp_path / "run")
-    both[lost].kill()
+@everywhere
+def test_several_processes_train_as_one_does(tmp_path, layout):
+    flags = layout.flags(tmp_path)
+    (out, err, code), *others = layout.run(*flags, "--workdir", tmp_path / "many")
+    assert code == 0, err
+    assert f"devices   {layout.total} x cpu (cpu) of {layout.processes} processes" in out
+    for other_out, other_err, other_code in others:
+        assert other_code == 0, other_err
+        # Gloo announces its connections there, from several threads of C++; we say nothing.
+        assert not any(word in other_out for word in ("devices", "compiled", "epoch", "metrics"))
+    assert {p.name.split(".")[0] for p in (tmp_path / "many").iterdir()} == {
+        "",  # .lock
+        "checkpoints",
+        "config",
+        "metrics",
+        "curves",
+        "events",
+    }
+
+    ((_, err, code),) = layout.alone(*flags, "--workdir", tmp_path / "one")
+    assert code == 0, err
+    assert_same_training(tmp_path / "many", tmp_path / "one")
+
+    flags = [*STREAMED.split()[4:], "--eval_only"] if layout.streamed else ["--eval_only"]
+    (out, err, code), *_ = layout.run(*flags, "--workdir", tmp_path / "many")
+    assert code == 0, err
+    last = records(tmp_path / "many")[-1]
+    assert re.search(rf"last +{last['step']} +2 +{last['test_loss']:.4f} ", out)
+
+
+@everywhere
+def test_what_the_first_process_refuses_ends_all(tmp_path, layout):
+    with workdir.held(tmp_path, restart=False):
+        for _, err, code in layout.run("--workdir", tmp_path):
+            assert code == 2
+            assert f"error: --workdir {tmp_path}: another run is using it" in err
+
+
+@pytest.mark.slow
+@everywhere
+def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, layout):
+    lost = 0 if layout.devices > 1 else layout.processes - 1
+    flags = (*layout.flags(tmp_path), "--workdir", tmp_path / "run", "--save_every", "20steps")
+    started = layout.start(*flags, "--epochs", 100_000)
+    wait_for_epochs(tmp_path / "run", epochs=80 // layout.steps)
     killed = time.monotonic()
-    _, err, code = finish(both[1 - lost])
-    finish(both[lost])
+    started[lost].kill()
+    for process in (p for p in started if p is not started[lost]):
+        _, err, code = finish(process)
+        assert code not in (0, None)
+        assert f"process {lost} of {layout.processes} is lost" in err
+    finish(started[lost])
     assert time.monotonic() - killed < 60
-    assert code != 0
-    assert f"process {lost} of 2 is lost" in err
 
     saved = max(
         int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("*") if p.name.isdigit()
     )
-    epochs = saved // 89 + 1
-    (out, err, code), (_, _, other_code) = run_two(*flags, "--epochs", epochs)
-    assert (code, other_code) == (0, 0), err
-    assert f"resumed   after step {saved:,}, with {saved // 89} epochs done" in out
-    assert len(records(tmp_path / "run")) == epochs
+    done = saved // layout.steps
+    (out, err, code), *others = layout.run(*flags, "--epochs", done + 1)
+    assert {code, *(code for *_, code in others)} == {0}, err
+    assert f"resumed   after step {saved:,}, with {done} epochs done" in out
+    assert len(records(tmp_path / "run")) == done + 1
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_ends_all_in_good_order(tmp_path):
-    both = start_two("--workdir", tmp_path / "run", "--epochs", 100_000)
+@everywhere
+def test_a_signal_to_one_process_ends_all_in_good_order(tmp_path, layout):
+    flags = (*layout.flags(tmp_path), "--workdir", tmp_path / "run", "--epochs", 100_000)
+    started = layout.start(*flags)
     wait_for_epochs(tmp_path / "run")
-    both[1].send_signal(signal.SIGTERM)
-    for _, err, code in map(finish, both):
+    started[-1].send_signal(signal.SIGTERM)
+    for _, err, code in map(finish, started):
         assert code == 143, err
         (line,) = (line for line in err.splitlines() if line.startswith("stopped: "))
         assert line.startswith("stopped: SIGTERM after step ")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["one", "two"])
-def test_checkpoints_are_read_by_as_many_processes_as_there_are(tmp_path, first):
-    """Parameters in eight shares are written by one process and read by two, or the reverse."""
-    flags = ("--workdir", tmp_path / "run", "--mesh", "fsdp=8")
-    one = lambda *more: [finish(start(8, *flags, *more))]
-    two = lambda *more: run_two(*flags, *more)
-    stages = {"one": (one, two), "two": (two, one)}[first]
+@everywhere
+def test_checkpoints_are_read_by_as_many_processes_as_there_are(tmp_path, layout):
+    """Several processes write one and one reads it, or the reverse."""
+    flags = layout.flags(tmp_path)
+    stages = (layout.run, layout.alone) if layout.streamed else (layout.alone, layout.run)
     for run, epochs in zip(stages, (1, 2), strict=True):
-        for _, err, code in run("--epochs", epochs):
+        for _, err, code in run(*flags, "--workdir", tmp_path / "run", "--epochs", epochs):
             assert code == 0, err
-    *_, code = finish(start(8, "--workdir", tmp_path / "whole", "--mesh", "fsdp=8"))
-    assert code == 0
-    whole, resumed = records(tmp_path / "whole"), records(tmp_path / "run")
-    for one, other in zip(whole, resumed, strict=True):
-        for name in ("train_loss", "test_loss", "eta", "gradient_summary"):
-            assert other[name] == pytest.approx(one[name], rel=1e-5), name
+    ((_, err, code),) = layout.alone(*flags, "--workdir", tmp_path / "whole")
+    assert code == 0, err
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+
+
+MEET = """
+import sys, train
+from training import processes
+processes.MEETING_SECONDS, processes.PATIENCE_SECONDS = {seconds}, 0.5
+sys.argv = ["train.py", "--num_processes", "2", *sys.argv[1:]]
+sys.exit(train.main())
+"""
+
+
+def meet(*flags, seconds):
+    command = [sys.executable, "-c", MEET.format(seconds=seconds), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "process_id", "missing"),
+    [
+        ("localhost:1", 1, r"process 0 at localhost:1 \(Connection refused\)"),
+        ("no.such.host:1234", 1, r"process 0 at no\.such\.host:1234 \(.*\)"),
+        ("localhost:24680", 0, "the other processes"),
+    ],
+    ids=["nobody listens", "no such host", "nobody comes"],
+)
+def test_processes_that_do_not_meet_say_so_in_a_line(coordinator, process_id, missing):
+    flags = ("--coordinator", coordinator, "--process_id", str(process_id))
+    _, err, code = finish(meet(*flags, seconds=3))
+    assert code == 2
+    expected = rf"waiting for {missing}\nerror: --distribute: waited 3 s in vain for {missing}\n"
+    assert re.fullmatch(expected, err)
+
+
+def test_who_waits_for_the_others_answers_signals():
+    process = meet("--coordinator", "localhost:1", "--process_id", "1", seconds=300)
+    assert process.stderr.readline().startswith("waiting for process 0")
+    process.send_signal(signal.SIGINT)
+    _, err, code = finish(process)
+    assert (code, err) == (130, "stopped: SIGINT\n")
 
 
 def test_one_process_decides_for_itself():

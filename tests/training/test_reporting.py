@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import struct
 
 import pytest
@@ -71,7 +72,7 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     assert sum(line.lstrip().startswith("epoch ") for line in lines) == 1
     assert any(line.lstrip().startswith("2      0.5000   50.0%") for line in lines)
     assert "50.00% after epoch 2, best 50.00% after epoch 1" in output
-    assert "curves.png" in lines[-3]
+    assert any(re.fullmatch(r"curves +.*curves.png", line) for line in lines)
 
 
 def test_epochs_that_end_while_a_picture_is_drawn_share_the_next(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 from tests import chaos
 from tests.pictures import write_tree
 from training import stopping
-from training.config import TrainConfig
+from training.config import ConfigError, TrainConfig
 from training.loop import train
 from training.stopping import Stopped
 
@@ -65,7 +65,10 @@ def interrupt_after(monkeypatch, patience):
         {},
         STREAMED,
         # Steps one by one, tests that can be interrupted, running averages.
-        pytest.param({"arch": "resnet18", "epochs": 2, "train_bs": 400}, marks=pytest.mark.slow),
+        pytest.param(
+            {"arch": "resnet18", "depth": None, "width": None, "epochs": 2, "train_bs": 400},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["resident", "streamed", "convolutional"],
 )
@@ -99,6 +102,14 @@ def test_more_epochs_go_on_from_the_end(tmp_path):
         assert len(result.records) == epochs
     assert same(result.state, whole.state)
     assert untimed(result.records) == untimed(whole.records)
+
+
+def test_fewer_epochs_than_there_were_are_refused(tmp_path):
+    train(TrainConfig(workdir=tmp_path, **(RESIDENT | {"epochs": 2})))
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(ConfigError, match=r"--epochs 1: .* is at step 88, of epoch 2; give "):
+        train(TrainConfig(workdir=tmp_path, **(RESIDENT | {"epochs": 1})))
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def test_what_was_logged_after_the_checkpoint_is_logged_once(tmp_path):

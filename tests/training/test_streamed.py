@@ -66,7 +66,7 @@ def test_workers_and_dispatches_change_nothing(tmp_path, tree, monkeypatch):
 
 @pytest.mark.slow
 def test_a_convolutional_network_trains(tmp_path, tree):
-    result = run(tmp_path, data_dir=tree, arch="resnet18", epochs=1)
+    result = run(tmp_path, data_dir=tree, arch="resnet18", depth=None, width=None, epochs=1)
     assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(result.state))
 
 
@@ -136,7 +136,11 @@ def test_synthetic_pictures_need_no_data(tmp_path):
 
 def test_bf16_keeps_everything_but_the_networks_arithmetic_in_float32(tmp_path):
     config = TrainConfig(
-        **(FIELDS | {"dataset": "synthetic_imagenet", "arch": "resnet18", "precision": "bf16"})
+        **(
+            FIELDS
+            | {"dataset": "synthetic_imagenet", "arch": "resnet18", "depth": None, "width": None}
+        )
+        | {"precision": "bf16"}
     ).resolved()
     graphdef, _, init = loop.build_plan(config, loop.sharding.make_mesh(config))
     state = init()

@@ -1,0 +1,148 @@
+"""Everything in the README that a reader may paste, pasted."""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline import sources
+from input_pipeline.specs import SPECS
+from tests.pictures import write_tars, write_tree
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL = "--arch fcn --width 16 --depth 2 --train_bs 4 --test_bs 4 --image_size 16 --epochs 1"
+
+
+def blocks(language):
+    """What the README has in this language, without the indentation of lists."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the repository, whose environment is the one that runs the tests."""
+    clone = tmp_path_factory.mktemp("clone")
+    for name in (
+        "agd_jax",
+        "models",
+        "input_pipeline",
+        "training",
+        "run",
+        "train.py",
+        "pyproject.toml",
+    ):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, clone / name)
+    (clone / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if not path.name.startswith(".installed"):
+            (clone / ".venv" / path.name).symlink_to(path)
+    (clone / ".venv" / ".installed-train").touch()
+    return clone
+
+
+def paste(clone, command):
+    env = {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"}
+    return subprocess.run(
+        ["bash", "-ec", command], cwd=clone, env=env, capture_output=True, text=True
+    )
+
+
+def pasted(clone, command):
+    run = paste(clone, command)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_every_command_does_what_it_says(clone, tmp_path):
+    """In the order of the README, some of them smaller: what is added is said here."""
+    commands = iter(blocks("sh"))
+    install = "git clone <this repository> agd-jax && cd agd-jax\n"
+    assert "devices   1 x " in pasted(clone, next(commands).removeprefix(install))
+    assert next(commands) == "./run test\n"  # This is one of them.
+    assert "resumed   after step 220, with 20 epochs done" in pasted(clone, next(commands))
+    out = pasted(clone, next(commands))
+    assert re.search(r"^last +440 +40 ", out, re.MULTILINE)
+    assert "digits.safetensors: 10 tensors of the best checkpoint" in out
+
+    tree = write_tree(tmp_path / "tree", train=12, test=6)
+    command = next(commands).rstrip().replace("DIR", shlex.quote(os.fspath(tree)))
+    assert "resnet50" in command
+    assert "imagenet, 12 training and 6 test" in pasted(clone, f"{command} {SMALL}")
+
+    write_tars(tmp_path, {"n01440764": ["n01440764_1.JPEG"]}, ["ILSVRC2012_val_00000001.JPEG"])
+    command = next(commands).replace("TARS", shlex.quote(os.fspath(tmp_path)))
+    out = pasted(clone, command.replace("DIR", shlex.quote(os.fspath(tmp_path / "tfds"))))
+    assert f"imagenet is prepared in {tmp_path / 'tfds'}" in out
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    first = next(commands).replace("10.0.0.1:1234", address)
+    first = first.replace(" # and 1\n", " --epochs 1 --workdir runs/two")
+    second = first.replace("--process_id 0", "--process_id 1")
+    assert "of 2 processes" in pasted(clone, f"{second} > other.log 2>&1 & {first}; wait")
+    assert next(commands, None) is None
+
+
+@pytest.mark.slow
+def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
+    step, use, partition = blocks("python")
+    names = {}
+    exec(step, names)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 784)), rng.normal(size=(32, 10))
+    params, opt_state = names["step"](names["params"], names["opt_state"], x, y)
+    assert opt_state.eta > 0
+    exec(partition, names)
+    names["tx"].init(params)
+
+    if not (clone / "runs" / "digits").exists():
+        pasted(clone, "./run train --workdir runs/digits --epochs 20")
+    digits = sources.load(SPECS["digits"]).test
+    (seven, *_) = digits.images[digits.labels == 7]
+    Image.fromarray(seven[..., 0]).resize((80, 80), Image.Resampling.NEAREST).save(
+        clone / "seven.png"
+    )
+    (clone / "use.py").write_text(use)
+    assert pasted(clone, ".venv/bin/python use.py") == "7\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("./run", "usage: ./run train "),
+        ("./run evaluate", "usage: ./run train "),
+        ("./run evaluate nowhere", "error: nowhere: holds no checkpoint\n"),
+        (
+            "./run export nowhere w.npz",
+            "error: w.npz: is written as safetensors; give a name that ",
+        ),
+        ("./run export nowhere w.safetensors", "error: nowhere: holds no checkpoint\n"),
+        ("./run prepare cifar1000", "error: cifar1000: unknown; choose from mnist, "),
+    ],
+)
+def test_what_cannot_be_done_is_said(clone, command, message):
+    run = paste(clone, command)
+    assert run.returncode == 2
+    assert run.stderr.startswith(message)
+
+
+def test_run_explains_its_commands(clone):
+    for command in ("train", "export", "prepare"):
+        out = pasted(clone, f"./run {command} --help")
+        assert "None" not in out
+        assert out.startswith(
+            "usage: train.py " if command == "train" else f"usage: ./run {command} "
+        )
