@@ -66,7 +66,8 @@ def _draw(key: jax.Array, leaf: Any) -> jax.Array:
         # within that pool and waits for them, so that a few such calls in one program hang it.
         one = lambda key: jax.random.orthogonal(key, d_in, (), dtype, m=d_out)
         matrices = jax.lax.map(one, key[None] if count == 1 else jax.random.split(key, count))
-        return (geometry.scale(leaf.shape) * matrices).reshape(leaf.shape).astype(leaf.dtype)
+        drawn: jax.Array = geometry.scale(leaf.shape) * matrices
+        return drawn.reshape(leaf.shape).astype(leaf.dtype)
 
     # Under a trace there is no sharding to keep: that of the traced function's outputs rules.
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:

@@ -114,7 +114,7 @@ def train(name, dtype, steps):
     return history, model(images[:1])[0]
 
 
-SLOW = ("resnet50_cifar", "resnet50_imagenet")
+SLOW = ("vgg16_cifar", "resnet50_cifar", "resnet50_imagenet")
 NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
 
 

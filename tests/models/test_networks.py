@@ -70,6 +70,7 @@ def test_vgg_is_vgg16():
     assert of("vgg") == of("vgg16")
 
 
+@pytest.mark.slow
 def test_vgg_pads_small_pictures_evenly_with_zeros():
     options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     build = lambda size: models.create("vgg11", (size, size, 1), 10, rngs=nnx.Rngs(0), **options)

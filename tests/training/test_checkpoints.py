@@ -280,6 +280,7 @@ def test_evaluation_finds_what_training_found(copied, trained):
         evaluation.evaluate(TrainConfig(workdir=copied, width=17))
 
 
+@pytest.mark.slow
 def test_evaluation_of_what_has_running_averages(tmp_path):
     fields = {"arch": "resnet18", "dataset": "synthetic_imagenet", "image_size": 16}
     fields |= {"train_bs": 2, "test_bs": 2, "epochs": 1, "platform": "cpu"}
