@@ -8,9 +8,7 @@ constant 1 to ``d_out`` outputs, and is one matrix of shape ``(1, d_out)``; a sc
 """
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,49 +78,3 @@ def direction(grad: jax.Array) -> jax.Array:
     # Compared with zero, and not `norms > 0`, so that a NaN stays visible.
     factors = jnp.where(norms == 0, 0, scale(grad.shape) / norms)
     return factors * grad
-
-
-def is_bias(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is named ``bias``, given its path in its tree.
-
-    >>> [(path, _)] = jax.tree.leaves_with_path({'query': {'bias': 1.0}})
-    >>> is_bias(path)
-    True
-    """
-    # Flax NNX has one more name at the end, `value`.
-    return "bias" in _names(path)[-2:]
-
-
-def warn_of_misread_axes(params: Any) -> None:
-    """Warns of parameters whose axes are not those that :func:`matrix_shape` takes them for.
-
-    They are known by names: Equinox's layers have their outputs before their inputs, attention in
-    Flax has kernels ``(d_in, heads, head_dim)``, and some biases have several axes.
-
-    Args:
-      params: a tree of parameters, or of their shapes.
-    """
-
-    def in_equinox(node: object) -> bool:
-        return type(node).__module__.startswith("equinox.nn")
-
-    misread = []
-    for start, node in jax.tree.leaves_with_path(params, is_leaf=in_equinox):
-        for end, leaf in jax.tree.leaves_with_path(node):
-            path, rank = (*start, *end), getattr(leaf, "ndim", 0)
-            attends = not {"query", "key", "value"}.isdisjoint(_names(path)[-3:-1])
-            if (rank >= 2 and (in_equinox(node) or is_bias(path))) or (rank == 3 and attends):
-                misread.append(f"{'.'.join(_names(path))} {tuple(leaf.shape)}")
-    if misread:
-        more = f" and {len(misread) - 3} more" if len(misread) > 3 else ""
-        warnings.warn(
-            "agd_jax takes the last two axes of a parameter for its inputs and outputs, in this "
-            "order, and those before for taps, as in Flax's dense and convolution kernels; so its "
-            f"starting weights and steps have the wrong size for {', '.join(misread[:3])}{more}. "
-            "optax.partition gives such parameters to another optimiser",
-            stacklevel=1,
-        )
-
-
-def _names(path: tuple[Any, ...]) -> list[str]:
-    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from agd_jax import geometry
+from agd_jax import geometry, names
 
 Tree = TypeVar("Tree")
 
@@ -40,11 +40,11 @@ def orthogonal_init(key: jax.Array, params: Tree) -> Tree:
       UserWarning: of parameters whose axes are known to be in another order than Flax's dense and
         convolution kernels have them, so that their matrices are not drawn right.
     """
-    geometry.warn_of_misread_axes(params)
+    names.warn_of_misread_axes(params)
     paths_and_leaves, structure = jax.tree.flatten_with_path(params)
     keys = jax.random.split(key, max(len(paths_and_leaves), 1))
     drawn = [
-        _draw(key, leaf) if _is_matrix(leaf) and not geometry.is_bias(path) else leaf
+        _draw(key, leaf) if _is_matrix(leaf) and not names.is_bias(path) else leaf
         for key, (path, leaf) in zip(keys, paths_and_leaves, strict=False)
     ]
     redrawn: Tree = jax.tree.unflatten(structure, drawn)

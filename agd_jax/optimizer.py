@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agd_jax import geometry
+from agd_jax import geometry, names
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
                 "matrices. Take optax.flatten away from around it; if the vector is a parameter "
                 "of its own, put it into a container, as in {'w': vector}"
             )
-        geometry.warn_of_misread_axes(params)
+        names.warn_of_misread_axes(params)
         dtypes = [geometry.norm_dtype(p.dtype) for p in jax.tree.leaves(params)]
         dtype = jnp.result_type(jnp.float32, *dtypes)
         # Two arrays, as one that is there twice cannot be donated.
@@ -158,9 +158,9 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
         gradient_summary = total / depth
         eta = automatic_learning_rate(gradient_summary)
         size = jnp.multiply(gain, eta) / depth
-        floor = ROUNDING_UNITS * np.finfo(total.dtype).eps * total
 
         def step(grad: jax.Array, dual_norm: jax.Array, param: jax.Array) -> jax.Array:
+            floor = ROUNDING_UNITS * np.finfo(dual_norm.dtype).eps * total
             # Not `>= floor`, of which infinite and NaN gradients would make zeros.
             move = jnp.where(dual_norm < floor, 0, size)
             return (-move * geometry.direction(grad)).astype(param.dtype)
@@ -179,8 +179,8 @@ def _check_gain(gain: Any) -> None:
             "agd(gain=...) takes a number; a schedule is used as "
             "optax.inject_hyperparams(agd_jax.agd)(gain=schedule)"
         )
-    if jnp.ndim(gain) != 0:
-        raise ValueError(f"agd(gain=...) takes one number, not an array of shape {jnp.shape(gain)}")
+    if np.ndim(gain) != 0:
+        raise ValueError(f"agd(gain=...) takes one number, not an array of shape {np.shape(gain)}")
     if isinstance(gain, jax.core.Tracer):
         return
     # A schedule may end at zero, in an array. Who writes down a zero has made a mistake.

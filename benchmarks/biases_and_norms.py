@@ -90,30 +90,32 @@ def transformer() -> Task:
     return start, lambda params, images: model.apply({"params": params}, images)
 
 
-def is_matrix(param: jax.Array) -> bool:
-    """Whether AGD reads its axes right: a dense or a convolution kernel, not one of attention."""
-    return param.ndim in (2, 4)
+def is_matrix(path: tuple[Any, ...], param: jax.Array) -> bool:
+    """Whether a parameter is a matrix that AGD reads right, and so nothing of attention."""
+    return param.ndim in (2, 4) and "bias" not in jax.tree_util.keystr(path)
 
 
 def agd_and_adam() -> optax.GradientTransformationExtraArgs:
     """AGD for the matrices, Adam for the rest."""
-    labels = lambda params: jax.tree.map(lambda p: "agd" if is_matrix(p) else "adam", params)
+    label = lambda path, param: "agd" if is_matrix(path, param) else "adam"
+    labels = functools.partial(jax.tree.map_with_path, label)
     return optax.partition({"agd": agd_jax.agd(), "adam": optax.adam(ADAM)}, labels)
 
 
 # What a row of the table says -> the optimiser, and which parameters start as orthogonal matrices.
 OPTIMIZERS = {
-    "AGD alone": (agd_jax.agd, lambda param: True),
-    "AGD alone, Flax's own start": (agd_jax.agd, lambda param: False),
+    "AGD alone": (agd_jax.agd, lambda *_: True),
+    "AGD alone, Flax's own start": (agd_jax.agd, lambda *_: False),
     "AGD for matrices, Adam for the rest": (agd_and_adam, is_matrix),
-    f"Adam, {ADAM:g}": (lambda: optax.adam(ADAM), lambda param: False),
+    "the same, Flax's own start": (agd_and_adam, lambda *_: False),
+    f"Adam, {ADAM:g}": (lambda: optax.adam(ADAM), lambda *_: False),
 }
 
 
 def final_losses(
     task: Task,
     tx: optax.GradientTransformation,
-    orthogonal: Callable[[jax.Array], bool],
+    orthogonal: Callable[..., bool],
     options: Options,
 ) -> list[float]:
     """Trains once for each seed, and returns the mean losses of the last batches."""
@@ -135,7 +137,8 @@ def final_losses(
     def train(key: jax.Array) -> float:
         params, losses = start(key), []
         redrawn = agd_jax.orthogonal_init(key, params)
-        params = jax.tree.map(lambda a, b: a if orthogonal(b) else b, redrawn, params)
+        choose = lambda path, new, old: new if orthogonal(path, old) else old
+        params = jax.tree.map_with_path(choose, redrawn, params)
         opt_state = tx.init(params)
         for i in range(options.steps):
             params, opt_state, value = step(params, opt_state, jax.random.fold_in(key, i))
@@ -147,7 +150,7 @@ def final_losses(
 
 def main(options: Options) -> None:
     """Prints the table."""
-    # AGD says so itself: this is what is measured here.
+    # Of attention's axes, which are among what is measured here.
     warnings.filterwarnings("ignore", "agd_jax takes the last two axes")
     tasks = {"NNX CNN with BatchNorm": convnet(), "Linen transformer": transformer()}
     print(f"{'training loss':36s}", *(f"{name:>24s}" for name in tasks))

@@ -45,8 +45,8 @@ def main():
     model = Network(nnx.Rngs(0))
     nnx.update(model, agd_jax.orthogonal_init(jax.random.key(1), nnx.state(model, nnx.Param)))
     parts = {"matrix": agd_jax.agd(), "rest": optax.adam(1e-3)}
-    label = lambda params: jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "rest", params)
-    optimizer = nnx.Optimizer(model, optax.multi_transform(parts, label), wrt=nnx.Param)
+    label = lambda params: jax.tree.map(lambda p: "matrix" if p.ndim in (2, 4) else "rest", params)
+    optimizer = nnx.Optimizer(model, optax.partition(parts, label), wrt=nnx.Param)
     for epoch in range(EPOCHS):
         order = jax.random.permutation(jax.random.key(epoch), train).reshape(-1, BATCH)
         losses = [train_step(model, optimizer, images[i], labels[i]) for i in order]

@@ -72,9 +72,18 @@ def test_equinox_is_warned_of_and_its_convolution_biases_are_kept():
 
 
 def test_what_is_read_right_is_not_warned_of(recwarn):
-    kernels = {"value": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}, "weight": jnp.eye(2)}
-    orthogonal_init(jax.random.key(0), kernels | {"conv": {"kernel": jnp.zeros((3, 4, 4))}})
+    params = {
+        "dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)},
+        "weight": jnp.eye(2),
+        "conv": {"kernel": jnp.zeros((3, 4, 4))},
+        # A value head, and a bias that is computed.
+        "value": {"kernel": jnp.zeros((3, 4, 4))},
+        "bias": {"kernel": jnp.zeros((3, 3))},
+        "embedding": eqx.nn.Embedding(5, 3, key=jax.random.key(0)),
+    }
+    drawn = orthogonal_init(jax.random.key(0), params)
     assert not recwarn.list
+    assert np.any(drawn["bias"]["kernel"] != 0)
 
 
 def test_key_decides_and_leaves_differ():

@@ -209,6 +209,19 @@ def test_a_gradient_of_nothing_but_rounding_moves_nothing(make, useless):
         assert moved == (path != useless), path
 
 
+def test_noise_is_told_by_the_precision_of_its_own_gradient():
+    with jax.enable_x64(True):
+        grads = {"a": jnp.ones((4, 4), jnp.float32), "noise": jnp.full(4, 1e-7, jnp.float32)}
+        grads["wide"] = jnp.ones((), jnp.float64)
+        tx = agd_jax.agd()
+        updates, _ = tx.update(grads, tx.init(grads), grads)
+        assert [bool(np.any(updates[name])) for name in ("a", "noise", "wide")] == [
+            True,
+            False,
+            True,
+        ]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_not_hidden(bad):
     params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
