@@ -7,13 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import sources
+from input_pipeline import resident
 from input_pipeline.specs import SPECS
 from tests.pictures import write_tars, write_tree
 
@@ -40,6 +43,7 @@ def clone(tmp_path_factory):
         "run",
         "train.py",
         "pyproject.toml",
+        "requirements.lock",
     ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, clone / name)
@@ -106,11 +110,15 @@ def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
     params, opt_state = names["step"](names["params"], names["opt_state"], x, y)
     assert opt_state.eta > 0
     exec(partition, names)
-    names["tx"].init(params)
+    attention = nn.MultiHeadDotProductAttention(num_heads=2).init(
+        jax.random.key(0), np.ones((1, 3, 4))
+    )
+    with warnings.catch_warnings(action="error"):
+        names["tx"].init({"dense": params, "attention": attention["params"]})
 
     if not (clone / "runs" / "digits").exists():
         pasted(clone, "./run train --workdir runs/digits --epochs 20")
-    digits = sources.load(SPECS["digits"]).test
+    digits = resident.load(SPECS["digits"]).test
     (seven, *_) = digits.images[digits.labels == 7]
     Image.fromarray(seven[..., 0]).resize((80, 80), Image.Resampling.NEAREST).save(
         clone / "seven.png"
@@ -130,6 +138,7 @@ def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
             "error: w.npz: is written as safetensors; give a name that ",
         ),
         ("./run export nowhere w.safetensors", "error: nowhere: holds no checkpoint\n"),
+        ("./run prepare mnist --tars x", "error: --tars x: is for imagenet, not for mnist\n"),
         ("./run prepare cifar1000", "error: cifar1000: unknown; choose from mnist, "),
     ],
 )
@@ -137,6 +146,14 @@ def test_what_cannot_be_done_is_said(clone, command, message):
     run = paste(clone, command)
     assert run.returncode == 2
     assert run.stderr.startswith(message)
+
+
+@pytest.mark.slow
+def test_results_that_nobody_reads_are_no_error(clone, tmp_path):
+    pasted(clone, f"./run train --epochs 1 --workdir {tmp_path}/run")
+    for command in (f"evaluate {tmp_path}/run", f"export {tmp_path}/run {tmp_path}/w.safetensors"):
+        run = paste(clone, f"set -o pipefail; ./run {command} | true")
+        assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_run_explains_its_commands(clone):
