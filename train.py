@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """Trains a network with automatic gradient descent: reads the flags, runs, says what went wrong."""
 
+import faulthandler
 import logging
+import signal
 import sys
 
 from input_pipeline.command_line import parse
 from input_pipeline.errors import DataError
-from training import stopping
-from training.config import ConfigError, TrainConfig
-from training.workdir import SaveError
+from training import signals
+from training.config import TrainConfig
+from training.errors import ConfigError, NonFiniteError, SaveError
+from training.signals import Stopped
 
 
 def main() -> int:
@@ -16,45 +19,34 @@ def main() -> int:
 
     One that a signal ended has 128 and the signal's number, 143 for SIGTERM and 130 for Ctrl-C.
     """
-    stopping.end_at_once()
+    signals.end_at_once()
+    # `kill -USR1 PID` prints where each of its threads is.
+    faulthandler.register(signal.SIGUSR1)
     config = parse(TrainConfig, "train.py")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("input_pipeline").setLevel(logging.INFO)
+    logging.getLogger("training").setLevel(logging.DEBUG if config.verbose else logging.INFO)
     # What Orbax logs of a failure, at length, is said in one line of our own.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        return evaluate(config) if config.eval_only else train(config)
+        # Before JAX is imported, so that a wrong flag is answered at once.
+        config.to_evaluate() if config.eval_only else config.resolved()
+        from training import run
+
+        if config.eval_only:
+            run.evaluate(config)
+        else:
+            run.train(config)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def train(config: TrainConfig) -> int:
-    """Trains, and says what ended it if that was not the last epoch."""
-    config.resolved()  # Before JAX is imported, so that a wrong flag is answered at once.
-    from training import loop
-    from training.epochs import NonFiniteError
-
-    try:
-        loop.train(config)
     except (NonFiniteError, SaveError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    except stopping.Stopped as stopped:
+    except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
-    return 0
-
-
-def evaluate(config: TrainConfig) -> int:
-    """Tests what a run has left, and prints it."""
-    config.to_test()  # As above.
-    from training import console, evaluation, processes
-
-    tested = evaluation.evaluate(config)
-    if processes.first():
-        console.print_tested(tested)
     return 0
 
 

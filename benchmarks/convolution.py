@@ -2,7 +2,7 @@
 
     python benchmarks/convolution.py
 
-times each form of :mod:`models.convolution` (of the output, of the input's and of the kernel's
+times each form of :mod:`models.cpu_convolution` (of the output, of the input's and of the kernel's
 gradient) for the layers of `vgg16`, `resnet18` and `resnet50` on pictures of 32x32, and prints the
 milliseconds of XLA's own and how many times as fast the others are; the one that the rule chooses
 has a star. The forms take turns, and the best of several counts.
@@ -24,7 +24,7 @@ import jax
 import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
-from models.convolution import FORMS, Window, form_of
+from models.cpu_convolution import FORMS, Window, form_of
 
 # Side of the map, inputs, outputs, side of the kernel, stride.
 LAYERS = (

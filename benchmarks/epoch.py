@@ -6,7 +6,7 @@ first takes a few steps of both from the same weights on the same batches, and p
 Then both take turns, several times, after warm-up:
 
 - `epoch`: all that training does, from uint8 pictures in memory to the next weights: here
-  :class:`training.resident.ResidentRun`, there `pytorch_peer.py` with its DataLoader. With
+  :class:`training.feeds.ResidentFeed`, there `pytorch_peer.py` with its DataLoader. With
   `--steps` it is so many steps, and the seconds are scaled to an epoch;
 - `step`: a step on one batch, which both have in memory.
 
@@ -134,7 +134,7 @@ def check(options: Options, ours: Ours, peer: pytorch_peer.Peer) -> None:
 
 def times(options: Options, ours: Ours, peer: pytorch_peer.Peer) -> None:
     """Prints seconds and ratios."""
-    per_epoch = ours.run.steps_per_epoch
+    per_epoch = ours.feed.steps_per_epoch
     steps = min(options.steps or per_epoch, per_epoch)
     batch, theirs = batches(options, ours, 0)
     tasks = {

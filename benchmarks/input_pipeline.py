@@ -30,15 +30,14 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
-import agd_jax
 from input_pipeline import imagenet, jpeg, streaming
 from input_pipeline.batch import normalise
-from input_pipeline.imagenet import Source
 from input_pipeline.specs import SPECS
-from training import loop, sharding
+from input_pipeline.streaming import Source
+from training import sharding
 from training.config import TrainConfig
-from training.losses import LOSSES
-from training.step import train_step
+from training.run import make_plan
+from training.step import LOSSES, train_step
 
 SPEC = SPECS["imagenet"]
 SIDE = SPEC.image_shape[0]
@@ -283,13 +282,12 @@ def rate(options: Options, batches: Iterator[object]) -> float:
 def waits(options: Options, source: Source) -> None:
     """What share of the time goes by in waiting for a batch."""
     config = TrainConfig(arch="resnet50", dataset="imagenet").resolved()
-    graphdef, _, init = loop.build_plan(config, sharding.make_mesh(config))
-    state = init()
-    tx, loss = agd_jax.agd(), LOSSES["xent"]
+    plan = make_plan(config, sharding.make_mesh(config))
+    state, loss = plan.create_train_state(), LOSSES["xent"]
 
     def resnet50(state, batch):
         images = normalise(SPEC, batch.images, np.float32)
-        return train_step(graphdef, tx, loss, state, batch._replace(images=images))[0]
+        return train_step(plan.graphdef, plan.tx, loss, state, batch._replace(images=images))[0]
 
     nothing = lambda state, batch: state
     print("\nstep        batch   s a step   waiting for data")

@@ -16,7 +16,7 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
-from input_pipeline import sources
+from input_pipeline import resident
 from input_pipeline.specs import SPECS
 
 STEPS = 3
@@ -61,7 +61,7 @@ def train(side: str, options: Options) -> float:
         from benchmarks import pytorch_peer
 
         spec = SPECS["cifar10"]
-        train = sources.load(spec, options.data_dir).train
+        train = resident.load(spec, options.data_dir).train
         run = pytorch_peer.build(
             options.arch, spec, *train, options.batch_size, threads=2, workers=0
         )

@@ -27,7 +27,7 @@ import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
 import agd_jax
-from training import loop, sharding
+from training import run, sharding
 from training.config import TrainConfig
 
 # How often an array of the size of the parameters must be read or written, at the least.
@@ -89,8 +89,8 @@ def ratio(a: list[float], b: list[float]) -> float:
 def parameters(options: Options) -> dict[str, jax.Array]:
     """The parameters of the network, with any values."""
     config = TrainConfig(arch=options.arch, dataset="imagenet", image_size=options.image_size)
-    plan = loop.build_plan(config.resolved(), sharding.make_mesh(config, jax.devices()[:1]))
-    names = jax.tree_util.tree_leaves_with_path(plan.shapes.params)
+    plan = run.make_plan(config.resolved(), sharding.make_mesh(config, jax.devices()[:1]))
+    names = jax.tree_util.tree_leaves_with_path(plan.abstract_state.params)
     keys = jax.random.split(jax.random.key(0), len(names))
     return {
         jax.tree_util.keystr(path): jax.random.normal(key, leaf.shape, leaf.dtype)

@@ -6,12 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-import agd_jax
 from input_pipeline.batch import Batch
-from training import loop, sharding
+from training import run, sharding
 from training.config import TrainConfig
-from training.losses import LOSSES
-from training.step import train_step
+from training.step import LOSSES, train_step
 
 
 class Ours:
@@ -31,19 +29,18 @@ class Ours:
             train_bs=batch_size,
             test_bs=batch_size,
         ).resolved()
-        mesh = sharding.make_mesh(config)
-        self.spec, self.data = config.spec, loop.load_data(config)
-        plan = loop.build_plan(config, mesh)
-        self.run = loop.build_run(config, mesh, self.data, plan)
-        self.state = self.run.compile(plan.init())
-        step = functools.partial(train_step, plan.graphdef, agd_jax.agd(), LOSSES[config.loss])
+        plan = run.make_plan(config, sharding.make_mesh(config))
+        self.spec, self.data = config.spec, run.load_data(config)
+        self.feed = run.make_feed(plan, self.data)
+        self.state = self.feed.compile(plan.create_train_state())
+        step = functools.partial(train_step, plan.graphdef, plan.tx, LOSSES[config.loss])
         self._step = jax.jit(step, donate_argnums=0)
 
     def train(self, steps: int) -> None:
         """Takes steps of the run, as many as an epoch has or fewer."""
         # From the start of an epoch, wherever other steps left off.
         self.state = dataclasses.replace(self.state, step=jnp.zeros_like(self.state.step))
-        self.state, _ = self.run.train(self.state, self.run.no_metrics(), steps)
+        self.state, _ = self.feed.train(self.state, self.feed.zero_metrics(), steps)
         jax.block_until_ready(self.state)
 
     def step(self, batch: Batch) -> float:

@@ -84,14 +84,13 @@ def collectives_of_step(
 
     import agd_jax
     from input_pipeline.batch import Batch
-    from models import convolution
-    from training import loop, sharding
+    from models import cpu_convolution
+    from training import run, sharding
     from training.config import TrainConfig
-    from training.losses import LOSSES
-    from training.step import train_step
+    from training.step import LOSSES, train_step
 
     # The virtual devices stand for accelerators, which are given no other form.
-    convolution.form_of = lambda *_: "native"
+    cpu_convolution.form_of = lambda *_: "native"
     config = TrainConfig(
         arch=arch,
         dataset="imagenet",
@@ -109,7 +108,8 @@ def collectives_of_step(
         return optax.GradientTransformation(lambda params: state, update)
 
     tx = agd_jax.agd() if optimiser == "agd" else sgd_like_agd()
-    graphdef, state, _ = loop.build_plan(config, devices)
+    plan = run.make_plan(config, devices)
+    graphdef, state = plan.graphdef, plan.abstract_state
     like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(devices))
     batch = Batch(
         like((batch_size, image_size, image_size, 3), jnp.float32),

@@ -62,8 +62,8 @@ def turn(options: Options) -> dict[str, float]:
         if options.data_dir:
             for cache in Path(options.data_dir).glob("cifar10/decoded-*.npz"):
                 cache.unlink()
-            code = "from input_pipeline import sources, specs; "
-            code += f"sources.load(specs.SPECS['cifar10'], {options.data_dir!r})"
+            code = "from input_pipeline import resident, specs; "
+            code += f"resident.load(specs.SPECS['cifar10'], {options.data_dir!r})"
             for name in ("decoding it", "from what was decoded"):
                 seconds[f"loading cifar10, {name}"] = run(["-c", code], env)
     return seconds

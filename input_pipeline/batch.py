@@ -1,4 +1,4 @@
-"""What a step is given, whatever it was made from."""
+"""The batches that a step is given, whatever their source."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ class Batch(NamedTuple):
 
     Attributes:
       images: ``(batch, height, width, channels)``, uint8 or, once normalised, floating.
-      labels: ``(batch,)`` int32.
-      weights: ``(batch,)`` floating, 1 for an example and 0 for padding.
+      labels: ``(batch,)``, int32.
+      weights: ``(batch,)``, floating, 1 for an example and 0 for padding.
     """
 
     images: jax.Array
@@ -23,6 +23,6 @@ class Batch(NamedTuple):
 
 
 def normalise(spec: DatasetSpec, images: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """uint8 pictures to ``(pixel / 255 - mean) / std``, channel by channel."""
+    """Maps uint8 images to ``(pixel / 255 - mean) / std``, channel by channel."""
     mean, std = jnp.asarray(spec.mean, dtype), jnp.asarray(spec.std, dtype)
     return (images.astype(dtype) / 255 - mean) / std

@@ -1,8 +1,9 @@
-"""Reading the flags of a program, where a wrong one is answered in one line."""
+"""Reads the flags of a program. A wrong one is answered in one line."""
 
 import contextlib
 import io
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +14,20 @@ from tyro.constructors import PrimitiveConstructorSpec
 T = TypeVar("T")
 
 
+def say(line: str) -> None:
+    """Prints a line, or nothing if nobody reads standard output any more."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def parse(flags: type[T], program: str | None = None) -> T:
-    """Reads what the program was started with, or prints help or an error, and exits.
+    """Reads the program's flags, or prints help or an error and exits.
 
     Args:
       flags: a dataclass, whose fields are the flags.
-      program: how help calls the program; by default, by the name of its file.
+      program: the program's name in the help; by default, the name of its file.
     """
     said = io.StringIO()
     try:
@@ -31,13 +40,16 @@ def parse(flags: type[T], program: str | None = None) -> T:
 
 
 def _in_one_line(box: str) -> str:
-    """What tyro says in a box of many: its first section, and what it takes for meant."""
-    rows = (line.strip("│ ") for line in box.splitlines()[1:-1])
+    """Shortens tyro's box of many lines to its first section and its guess of what was meant."""
+    # Rules and borders are ASCII where the terminal supports nothing else.
+    rows = [line.strip("│| ") for line in box.splitlines()[1:-1]]
     sections = [
         list(section)
-        for is_rule, section in itertools.groupby(rows, lambda row: row.startswith("─"))
+        for is_rule, section in itertools.groupby(rows, lambda row: not row.strip("─-"))
         if not is_rule
     ]
+    if not sections:
+        return " ".join(box.split())
     message = " ".join(sections[0]).removeprefix("Error parsing ")
     meant = [section[1] for section in sections if section[0] == "Perhaps you meant:"]
     return message + (f"; perhaps {meant[0]} was meant" if meant else "") + "; see --help"
@@ -45,11 +57,11 @@ def _in_one_line(box: str) -> str:
 
 def _folder(words: list[str]) -> Path:
     if not words[0]:
-        raise ValueError("an empty name is no folder; leave the flag out, or give one")
+        raise ValueError("an empty name is no folder")
     return Path(words[0])
 
 
-# How a flag for a folder is read. An empty one, as of a variable that is not set, is an error.
+# Reads a flag for a folder. An empty one, as from a variable that is not set, is an error.
 FOLDER = PrimitiveConstructorSpec(
     nargs=1,
     metavar="DIR",

@@ -1,5 +1,5 @@
-"""What goes wrong with data, said in one line that names the flag to change."""
+"""Errors with data, each described in one line that names the flag to change."""
 
 
 class DataError(Exception):
-    """A data set cannot be had as asked; the message says what would work."""
+    """A data set is not available as requested. The message says what would work."""

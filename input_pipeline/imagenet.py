@@ -1,51 +1,30 @@
-"""Where ImageNet is: TFDS's ArrayRecord files, or a tree of JPEGs with a folder for each class."""
+"""Finds ImageNet: TFDS's ArrayRecord files, or a tree of JPEGs with a folder for each class."""
+
+from __future__ import annotations
 
 import os
 import shlex
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
+from etils import epath
 
-from input_pipeline import prepare
+from input_pipeline import prepared
 from input_pipeline.errors import DataError
-from input_pipeline.sources import data_path
 from input_pipeline.specs import DatasetSpec
+from input_pipeline.streaming import Record, Sources
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
 
 ENVIRONMENT_VARIABLE = "IMAGENET_PATH"
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-class Record(NamedTuple):
-    """An encoded picture and its class."""
-
-    data: bytes
-    label: int
-
-
-class Source(Protocol):
-    """Records by number. Worker processes get a copy, so it must be small enough to send."""
-
-    size: int
-
-    def __getitem__(self, index: int) -> Record:
-        """Reads one."""
-
-    def name(self, index: int) -> str:
-        """What a person would find the record by."""
-
-
-class Sources(NamedTuple):
-    """The two splits, and the name of each class in the order of the labels."""
-
-    train: Source
-    test: Source
-    classes: tuple[str, ...]
-
-
 class ArrayRecordSource:
     """A split as TFDS stored it."""
 
-    def __init__(self, builder, split: str):
+    def __init__(self, builder: DatasetBuilder, split: str):
         import tensorflow_datasets as tfds
 
         undecoded = {"image": tfds.decode.SkipDecoding()}
@@ -56,29 +35,30 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Record:
         try:
             example = self._records[index]
-        except RuntimeError as error:  # ArrayRecord's, where a checksum is wrong.
+        except RuntimeError as error:  # ArrayRecord raises it where a checksum is wrong.
             raise OSError(str(error)) from error
         return Record(example["image"], int(example["label"]))
 
     def name(self, index: int) -> str:
-        """The name of the file that the record was made from."""
+        """Returns the name of the file that the record was made from."""
         try:
-            return self._records[index]["file_name"].decode()
+            file_name: bytes = self._records[index]["file_name"]
+            return file_name.decode()
         except RuntimeError:
             return f"record {index} of {self._split}"
 
 
 class FolderSource:
-    """A split as a tree ``<class>/<picture>.JPEG``.
+    """A split as a tree ``<class>/<image>.JPEG``.
 
-    A million and more names are kept as one array of bytes, which costs little to send.
+    Its names, more than a million, are kept as one array of bytes, which is cheap to send.
     """
 
-    def __init__(self, root, pictures: dict[str, list[str]], classes: dict[str, int]):
+    def __init__(self, root: epath.Path, pictures: dict[str, list[str]], classes: dict[str, int]):
         """Keeps the names.
 
         Args:
-          root: the split's folder, a path that may be in a cloud.
+          root: the folder of the split, which may be in a cloud.
           pictures: the names of the files in each of its folders.
           classes: the label of each folder.
         """
@@ -94,27 +74,29 @@ class FolderSource:
         return Record(self._path(index).read_bytes(), int(self._labels[self._folder[index]]))
 
     def name(self, index: int) -> str:
-        """The path of the file."""
+        """Returns the path of the file."""
         return os.fspath(self._path(index))
 
-    def _path(self, index: int):
-        return self._root / self._folders[self._folder[index]] / os.fsdecode(self._names[index])
+    def _path(self, index: int) -> epath.Path:
+        folder: str = self._folders[self._folder[index]]
+        return self._root / folder / os.fsdecode(self._names[index])
 
 
 def find(spec: DatasetSpec, data_dir: str | None = None) -> Sources:
     """Finds both splits.
 
     Args:
-      spec: of ImageNet.
-      data_dir: a folder of TFDS that has ``imagenet2012``, or one that has ``train`` and ``val``;
-        may begin with ``gs://``. None means ``$IMAGENET_PATH``, else TFDS's own folder.
+      spec: the data set.
+      data_dir: a folder of TFDS that contains ``imagenet2012``, or a folder that contains
+        ``train`` and ``val``. It may begin with ``gs://``. None means ``$IMAGENET_PATH``, else
+        TFDS's own folder.
 
     Raises:
-      DataError: if there is neither, or not in a form that can be read.
+      DataError: if there is neither, or neither in a form that can be read.
     """
     if data_dir is None:
         data_dir = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    root = data_path(data_dir)
+    root = prepared.data_path(data_dir)
     if (root / spec.tfds_name).is_dir():
         return _prepared(spec, root)
     if (root / "train").is_dir() and (root / "val").is_dir():
@@ -126,17 +108,17 @@ def find(spec: DatasetSpec, data_dir: str | None = None) -> Sources:
     )
 
 
-def _prepared(spec: DatasetSpec, root) -> Sources:
+def _prepared(spec: DatasetSpec, root: epath.Path) -> Sources:
     import tensorflow_datasets as tfds
 
-    found = prepare.builder_of(spec, root)
+    found = prepared.builder_of(spec, root)
     if not found.is_prepared():
         raise DataError(
             f"--data_dir {root}: {spec.tfds_name} is there, but no complete version "
             f"{found.version} of it"
         )
     folder = os.fspath(found.data_path)
-    # Made from the folder, a builder knows of the formats that were added to it later.
+    # A builder made from the folder knows of the formats that were added to it later.
     builder = tfds.builder_from_directory(folder)
     formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
     if "array_record" not in formats:
@@ -152,7 +134,7 @@ def _prepared(spec: DatasetSpec, root) -> Sources:
             f"{', '.join(builder.info.splits)}"
         )
     classes = tuple(builder.info.features["label"].names)
-    sources = Sources(*(ArrayRecordSource(builder, split) for split in splits), classes)
+    train, test = (ArrayRecordSource(builder, split) for split in splits)
     present = {path.name for path in type(root)(folder).iterdir()}
     shards = [name for split in splits for name in builder.info.splits[split].filenames]
     if missing := [name for name in shards if name not in present]:
@@ -160,10 +142,10 @@ def _prepared(spec: DatasetSpec, root) -> Sources:
             f"--data_dir {root}: {len(missing)} of {len(shards)} files of {spec.tfds_name} are "
             f"missing, such as {missing[0]}"
         )
-    return sources
+    return Sources(train, test, classes)
 
 
-def _folders(spec: DatasetSpec, root) -> Sources:
+def _folders(spec: DatasetSpec, root: epath.Path) -> Sources:
     splits = {split: _pictures(root / split) for split in ("train", "val")}
     for split, pictures in splits.items():
         if not pictures:
@@ -171,23 +153,23 @@ def _folders(spec: DatasetSpec, root) -> Sources:
                 f"--data_dir {root}: {split} has no folders of pictures, one for each class"
             )
     classes = _labels(spec, root, set().union(*splits.values()))
-    sources = (FolderSource(root / s, pictures, classes) for s, pictures in splits.items())
-    return Sources(*sources, tuple(classes))
+    train, test = (FolderSource(root / s, pictures, classes) for s, pictures in splits.items())
+    return Sources(train, test, tuple(classes))
 
 
-def _pictures(folder) -> dict[str, list[str]]:
-    """The names of the pictures in each folder that has some, all in order."""
+def _pictures(folder: epath.Path) -> dict[str, list[str]]:
+    """Returns the sorted names of the images in each subfolder that has any, in sorted order."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
-            names = (p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if names := sorted(name for name in names if not name.startswith(".")):
+            files = (p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if names := sorted(name for name in files if not name.startswith(".")):
                 found[path.name] = names
     return found
 
 
-def _labels(spec: DatasetSpec, root, folders: set[str]) -> dict[str, int]:
-    """The label of each folder: its place among ImageNet's synsets, else among the folders."""
+def _labels(spec: DatasetSpec, root: epath.Path, folders: set[str]) -> dict[str, int]:
+    """Returns each folder's label: its index among ImageNet's synsets, else among the folders."""
     import tensorflow_datasets as tfds
 
     synsets = tfds.builder(spec.tfds_name).info.features["label"].names

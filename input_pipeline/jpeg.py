@@ -1,42 +1,42 @@
-"""From the bytes of a picture to pixels of one size, decoding no more than the crop needs.
+"""Decodes the bytes of an image to pixels of one size, and no more than the crop needs.
 
-The window is chosen from the header, before anything is decoded. Then three things are saved:
+The window is chosen from the header, before anything is decoded. This saves three things:
 
-- rows under the window are not decoded at all: a JPEG is a stream from top to bottom, so it is
-  enough to tell the decoder that the picture ends there;
-- a window at least twice as large as wanted is decoded at half the size (or 1/4, 1/8), by an
-  inverse cosine transform of fewer coefficients;
-- what remains is a factor below two, for which bilinear interpolation skips no pixel.
+- Rows below the window are not decoded at all. A JPEG is a stream from top to bottom, so it is
+  enough to tell the decoder that the image ends there.
+- A window at least twice as large as wanted is decoded at half the size (or 1/4, 1/8), by an
+  inverse cosine transform of fewer coefficients.
+- The factor that remains is below two, for which bilinear interpolation skips no pixel.
 
-What cannot be saved is the entropy coding above and beside the window, 0.7 of the work of decoding.
+The entropy coding above and beside the window, 0.7 of the work of decoding, cannot be saved.
 """
 
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
 import simplejpeg
 
-# Windows of training pictures, as shares of the area and as width / height.
+# The bounds of training windows: their share of the area, and width / height.
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 # The side of test windows, as a share of the shorter side: 224 pixels of 256.
 CENTRE = 224 / 256
-# A header may claim anything; no real photograph has as many pixels.
+# A header may claim any size. No real photograph has this many pixels.
 MAX_PIXELS = 2**27
 
-# Worker processes are the parallelism here; threads of OpenCV would get into each other's way.
+# The worker processes run in parallel already. Threads of OpenCV would compete with each other.
 cv2.setNumThreads(1)
 
 
 class UnreadableError(Exception):
-    """Bytes that are no picture, or not the whole of one."""
+    """The bytes are not an image, or not a whole one."""
 
 
 class Window(NamedTuple):
-    """A rectangle of pixels, not empty and within a picture."""
+    """A rectangle of pixels, not empty and within an image."""
 
     top: int
     left: int
@@ -44,15 +44,16 @@ class Window(NamedTuple):
     width: int
 
 
-# (height, width) of a picture -> the part of it to be seen.
-ChooseWindow = Callable[[int, int], Window]
+# Maps the (height, width) of an image to the part of it to decode.
+ChooseWindow: TypeAlias = Callable[[int, int], Window]
 
 
 def random_window(rng: np.random.Generator, height: int, width: int) -> Window:
-    """A window of random area, shape and place (Szegedy et al., arXiv:1409.4842).
+    """Draws a window of random area, shape and place (Szegedy et al., arXiv:1409.4842).
 
-    Its area is uniform in 8% to 100% of the picture, the logarithm of its aspect ratio uniform
-    between those of 3/4 and 4/3; what does not fit is drawn again, up to ten times.
+    Its area is uniform between 8% and 100% of the image. The logarithm of its aspect ratio is
+    uniform between those of 3/4 and 4/3. A window that does not fit is drawn again, up to ten
+    times.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*AREA)
@@ -65,7 +66,7 @@ def random_window(rng: np.random.Generator, height: int, width: int) -> Window:
                 h,
                 w,
             )
-    # The largest in the middle that has an aspect ratio within the bounds.
+    # The largest central window with an aspect ratio within the bounds.
     low, high = ASPECT
     return _centred(
         height, width, min(height, max(1, round(width / low))), min(width, round(height * high))
@@ -73,7 +74,7 @@ def random_window(rng: np.random.Generator, height: int, width: int) -> Window:
 
 
 def central_window(height: int, width: int) -> Window:
-    """The square in the middle that is seen when tested: 224 pixels of a shorter side of 256."""
+    """Returns the central square used for testing: 224 pixels of a shorter side of 256."""
     side = max(1, round(CENTRE * min(height, width)))
     return _centred(height, width, side, side)
 
@@ -84,21 +85,21 @@ def _centred(height: int, width: int, h: int, w: int) -> Window:
 
 
 def picture(data: bytes, choose: ChooseWindow, size: int) -> np.ndarray:
-    """Decodes the window of a picture that ``choose`` wants, at ``size`` x ``size`` pixels.
+    """Decodes the window of an image that ``choose`` returns, at ``size`` x ``size`` pixels.
 
     JPEGs of colour or grey, baseline or not, CMYK, PNG and whatever else OpenCV reads are
-    recognised by their content. A mark of orientation is ignored, as ImageNet's labels do.
+    recognised by their content. An orientation tag is ignored, as ImageNet's labels do.
 
     Args:
-      data: the file's content.
-      choose: given its height and width, returns the window.
+      data: the content of the file.
+      choose: the function from the image's height and width to the window.
       size: the side of the result.
 
     Returns:
       ``(size, size, 3)`` uint8, in the order red, green, blue.
 
     Raises:
-      UnreadableError: if it cannot be decoded, or ends too early.
+      UnreadableError: if the image cannot be decoded, or ends too early.
     """
     header = _baseline_header(data)
     if header is None:
@@ -115,18 +116,18 @@ def picture(data: bytes, choose: ChooseWindow, size: int) -> np.ndarray:
 
 
 def mirrored(image: np.ndarray) -> np.ndarray:
-    """The picture with left and right exchanged."""
+    """Returns the image with left and right exchanged."""
     return cv2.flip(image, 1)
 
 
 def _scale(window: Window, size: int) -> int:
-    """The largest of the decoder's scales at which no detail is lost."""
+    """Returns the largest of the decoder's scales at which no detail is lost."""
     smaller = min(window.height, window.width) // size
     return next(scale for scale in (8, 4, 2, 1) if scale <= max(1, smaller))
 
 
 class _Header(NamedTuple):
-    """Of a baseline JPEG: its size, and where in the file its height stands."""
+    """The size of a baseline JPEG, and the offset of its height in the file."""
 
     height: int
     width: int
@@ -134,10 +135,10 @@ class _Header(NamedTuple):
 
 
 def _baseline_header(data: bytes) -> _Header | None:
-    """The header of a grey or YCbCr JPEG coded from top to bottom in one go, else None.
+    """Returns the header of a grey or YCbCr JPEG coded in one pass from top to bottom, else None.
 
     Raises:
-      UnreadableError: if such a JPEG has no end, or any claims to be larger than any picture.
+      UnreadableError: if such a JPEG has no end, or any JPEG claims more than ``MAX_PIXELS``.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -155,33 +156,34 @@ def _baseline_header(data: bytes) -> _Header | None:
         raise UnreadableError(f"claims to have {width} x {height} pixels")
     if marker not in (0xC0, 0xC1) or components not in (1, 3) or not height * width:
         return None
-    # A decoder would fill what is missing with grey and say nothing.
+    # A decoder would silently fill the missing part with grey.
     if data.rfind(b"\xff\xd9", max(offset, data.rfind(b"\xff\xda"))) < 0:
         raise UnreadableError("is cut off: it has no end-of-image marker")
     return _Header(height, width, offset + 5)
 
 
 def _top(data: bytes, header: _Header, rows: int, scale: int) -> np.ndarray:
-    """Decodes the first rows, at ``1 / scale`` of the size."""
+    """Decodes the first ``rows`` rows, at ``1 / scale`` of the size."""
     shortened = bytearray(data)
     struct.pack_into(">H", shortened, header.height_offset, rows)
     try:
-        return simplejpeg.decode_jpeg(
+        pixels: np.ndarray = simplejpeg.decode_jpeg(
             shortened,
-            # Interpolated colours would be lost in the resizing that follows.
+            # The resizing that follows would lose interpolated colours.
             fastupsample=True,
             min_height=-(-rows // scale),
             min_width=-(-header.width // scale),
             min_factor=scale,
-            # It would complain about the bytes after the last row.
+            # The decoder would otherwise reject the bytes after the last row.
             strict=False,
         )
     except ValueError as error:
         raise UnreadableError(str(error)) from error
+    return pixels
 
 
 def _whole(data: bytes) -> np.ndarray:
-    """Decodes all of a picture, whatever its format."""
+    """Decodes a whole image, whatever its format."""
     try:
         flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)

@@ -1,4 +1,4 @@
-"""What is known of each data set, in one place."""
+"""The properties of each data set, in one place."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,15 +9,17 @@ class DatasetSpec:
     """One data set.
 
     Attributes:
-      name: what ``--dataset`` calls it.
-      image_shape: ``(height, width, channels)`` of a picture as the network sees it.
-      num_classes: labels are ``0 .. num_classes - 1``.
-      mean: of each channel, for pixels scaled to ``[0, 1]``.
-      std: likewise.
-      augment: whether training pictures are padded by 4, cropped at random and flipped.
-      tfds_name: the name in TensorFlow Datasets; None for data that comes with a library.
-      loss: the loss that ``--loss`` defaults to.
-      streamed: too large to live on the device; pictures of any size, seen through random windows.
+      name: its name for ``--dataset``.
+      image_shape: ``(height, width, channels)`` of an image as the network sees it.
+      num_classes: the number of classes. Labels are ``0 .. num_classes - 1``.
+      mean: the mean of each channel, for pixels scaled to ``[0, 1]``.
+      std: the standard deviation of each channel, likewise.
+      augment: whether training images are padded by 4, cropped at random and flipped.
+      tfds_name: its name in TensorFlow Datasets, empty if it is not there.
+      loss: the default of ``--loss``.
+      loader: the source of its data: ``digits``, scikit-learn; ``tfds``, a prepared folder of
+        TensorFlow Datasets, decoded whole; ``imagenet``, records that are streamed; ``noise``,
+        none.
     """
 
     name: str
@@ -26,20 +28,25 @@ class DatasetSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool = False
-    tfds_name: str | None = None
+    tfds_name: str = ""
     loss: Literal["mse", "xent"] = "mse"
-    streamed: bool = False
+    loader: Literal["digits", "tfds", "imagenet", "noise"] = "tfds"
 
     @property
     def stored(self) -> bool:
         """Whether it is read from a folder that a user may choose."""
-        return self.tfds_name is not None
+        return self.loader in ("tfds", "imagenet")
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is too large to live on the device. Its images may then be of any size."""
+        return self.loader in ("imagenet", "noise")
 
 
 SPECS = {
     spec.name: spec
     for spec in (
-        DatasetSpec("digits", (8, 8, 1), 10, (0.3054,), (0.3757,)),
+        DatasetSpec("digits", (8, 8, 1), 10, (0.3054,), (0.3757,), loader="digits"),
         DatasetSpec("mnist", (28, 28, 1), 10, (0.1307,), (0.3081,), tfds_name="mnist"),
         DatasetSpec(
             "cifar10",
@@ -68,7 +75,7 @@ SPECS = {
             augment=True,
             tfds_name="imagenet2012",
             loss="xent",
-            streamed=True,
+            loader="imagenet",
         ),
         DatasetSpec(
             "synthetic_imagenet",
@@ -77,7 +84,7 @@ SPECS = {
             (0.485, 0.456, 0.406),
             (0.229, 0.224, 0.225),
             loss="xent",
-            streamed=True,
+            loader="noise",
         ),
     )
 }

@@ -1,8 +1,8 @@
-"""ImageNet: Grain's workers read and decode, and batches wait on the devices before the step asks.
+"""Large data sets: Grain's workers read and decode, and batches wait on the devices for the step.
 
-What an epoch visits, how each picture is cropped and which process reads it are functions of the
-seed and of a position in the run. So the place of a pipeline is one number, the same for any number
-of workers and processes, and a run that is stopped goes on with the very next example.
+The examples of an epoch, the crop of each image and the process that reads it are functions of the
+seed and of a position in the run. So the position of a pipeline is one number, the same for any
+number of workers and processes. A stopped run continues with the very next example.
 """
 
 import dataclasses
@@ -11,57 +11,122 @@ import multiprocessing
 import os
 import signal
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import absl.flags
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import jpeg
 from input_pipeline.batch import Batch
-from input_pipeline.imagenet import Source
 from input_pipeline.specs import DatasetSpec
 
-# More would fill the memory of a large host with batches, for no gain.
+# More workers would fill the memory of a large host with batches, for no gain.
 MAX_WORKERS = 32
-# Batches that wait on the devices: one to be used, one on its way.
+# Batches that wait on the devices: one ready, one on its way.
 DEVICE_BATCHES = 2
 PADDING = -1
+# Batches in an epoch of noise: enough for timing, but few enough for a short wait.
+NOISE_TRAIN_BATCHES = 100
+NOISE_EVAL_BATCHES = 10
 
 
 def default_workers() -> int:
-    """A process for each core that this one may use, but for one that feeds the devices."""
+    """Returns one worker per core that this process may use, less one to feed the devices."""
     return min(MAX_WORKERS, max(1, _cores() - 1))
 
 
 def _cores() -> int:
-    """How many this process may use, where the system tells."""
+    """Returns how many cores this process may use, or how many there are if that is unknown."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+class Record(NamedTuple):
+    """An encoded image and its class."""
+
+    data: bytes
+    label: int
+
+
+class Source(Protocol):
+    """Records by number. Worker processes get a copy, so a source must be small enough to send."""
+
+    size: int
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads a record."""
+
+    def name(self, index: int) -> str:
+        """Returns the name by which a person can find the record."""
+
+
+class Sources(NamedTuple):
+    """The two splits, and the name of each class in the order of the labels."""
+
+    train: Source
+    test: Source
+    classes: tuple[str, ...]
 
 
 class Streamed(NamedTuple):
     """A batch, and what was left out of it.
 
     Attributes:
-      batch: on the devices, its pictures uint8.
-      unreadable: numbers of the records of this process's share that could not be decoded.
+      batch: the batch, on the devices, with uint8 images.
+      unreadable: the numbers of the records in this process's share that could not be decoded.
     """
 
     batch: Batch
     unreadable: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainExamples:
-    """Makes training examples, each from random numbers of its own.
+class Stream(Protocol):
+    """Endless batches, with a position that can be saved: Grain's iterator, or noise."""
+
+    def __next__(self) -> Streamed:
+        """Returns the next batch."""
+
+    def start_prefetch(self) -> None:
+        """Starts to read before the first batch is requested."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last batch taken, as JSON data."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to a position that :meth:`get_state` returned."""
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+
+
+class Example(TypedDict):
+    """One element of a batch.
 
     Attributes:
-      source: of the records.
-      seed: of the run.
-      epoch_size: examples in an epoch.
-      side: of the pictures.
+      image: ``(side, side, 3)``, uint8.
+      label: the class.
+      weight: 1, or 0 for a blank.
+      index: the number of the record, or ``PADDING``.
+    """
+
+    image: np.ndarray
+    label: np.int32
+    weight: np.float32
+    index: np.int64
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainExamples:
+    """Makes training examples, each from its own stream of random numbers.
+
+    Attributes:
+      source: the source of the records.
+      seed: the seed of the run.
+      epoch_size: the number of examples in an epoch.
+      side: the height and width of the images.
     """
 
     source: Source
@@ -69,12 +134,12 @@ class TrainExamples:
     epoch_size: int
     side: int
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _begin_worker()
 
-    def __call__(self, position: int, index: int) -> dict[str, np.ndarray]:
-        """The example at a position of the run, made from record ``index``."""
+    def __call__(self, position: int, index: int) -> Example:
+        """Makes the example at a position of the run from record ``index``."""
         # One stream of the counter-based generator for each epoch and record.
         stream = np.random.Philox(key=self.seed, counter=[0, 0, position // self.epoch_size, index])
         rng = np.random.Generator(stream)
@@ -94,19 +159,19 @@ class EvalExamples:
     """Makes test examples, and padding past the last.
 
     Attributes:
-      source: of the records.
-      side: of the pictures.
+      source: the source of the records.
+      side: the height and width of the images.
     """
 
     source: Source
     side: int
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _begin_worker()
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
-        """The example made from record ``index``."""
+    def __call__(self, index: int) -> Example:
+        """Makes the example from record ``index``."""
         if index >= self.source.size:
             return _blank(PADDING, self.side)
         return _example(self.source, index, jpeg.central_window, self.side)
@@ -121,20 +186,21 @@ def train_stream(
     batch_size: int,
     sharding: jax.sharding.Sharding,
     workers: int,
-) -> grain.DatasetIterator:
-    """The training batches of a run, :class:`Streamed`, a new permutation each epoch.
+) -> grain.DatasetIterator[Streamed]:
+    """Returns the training batches of a run, in a new permutation each epoch.
 
-    The few examples that do not fill a batch are others in each epoch. ``get_state()`` is the
-    place after the last batch taken, whatever waits in buffers, and ``set_state`` goes there.
+    The few examples that do not fill a batch differ from epoch to epoch. ``get_state()`` returns
+    the position after the last batch taken, whatever waits in buffers, and ``set_state`` moves
+    there.
 
     Args:
-      spec: gives the size of the pictures.
-      source: of the records.
-      seed: of the order and of the crops.
-      epochs: after which the stream ends.
-      batch_size: examples in a batch, over all processes.
-      sharding: of the batch over the devices; each process reads its own share.
-      workers: processes that decode; 0 decodes in threads of this one.
+      spec: the data set, which determines the size of the images.
+      source: the source of the records.
+      seed: the seed of the order and of the crops.
+      epochs: the number of epochs after which the stream ends.
+      batch_size: examples per batch, over all processes.
+      sharding: the sharding of the batch over the devices. Each process reads its own share.
+      workers: the number of processes that decode; 0 decodes in threads of this process.
     """
     epoch_size = source.size // batch_size * batch_size
     order = grain.MapDataset.range(source.size).shuffle(seed=seed)[:epoch_size].repeat(epochs)
@@ -149,11 +215,11 @@ def eval_stream(
     batch_size: int,
     sharding: jax.sharding.Sharding,
     workers: int,
-) -> grain.DatasetIterator:
-    """The test batches, in the order of the source, over and over: every example once a round.
+) -> grain.DatasetIterator[Streamed]:
+    """Returns the test batches, in the order of the source, repeated without end.
 
-    The last batch of a round is filled with padding of weight zero. The arguments are those of
-    :func:`train_stream`.
+    Each round has every example once. The last batch of a round is filled with padding of weight
+    zero. The arguments are those of :func:`train_stream`.
     """
     round_size = -(-source.size // batch_size) * batch_size
     order = grain.MapDataset.range(round_size).repeat(reseed_each_epoch=False)
@@ -161,42 +227,107 @@ def eval_stream(
     return _stream(order.map(examples), batch_size, sharding, workers)
 
 
+@dataclasses.dataclass
+class Noise:
+    """A split without records to read."""
+
+    size: int
+
+    def __getitem__(self, index: int) -> Record:
+        raise IndexError(index)
+
+    def name(self, index: int) -> str:
+        """Raises IndexError, as there are no records."""
+        raise IndexError(index)
+
+
+def noise_sources(train_bs: int, test_bs: int) -> Sources:
+    """Returns splits with as many examples as an epoch and a test of noise have."""
+    return Sources(
+        Noise(NOISE_TRAIN_BATCHES * train_bs), Noise(NOISE_EVAL_BATCHES * test_bs), classes=()
+    )
+
+
+class NoiseStream:
+    """The same batch, already on the devices, over and over."""
+
+    def __init__(self, spec: DatasetSpec, batch_size: int, sharding: jax.sharding.Sharding):
+        """Draws the batch.
+
+        Args:
+          spec: the data set, which determines the shape of the images and the number of classes.
+          batch_size: examples per batch, over all processes.
+          sharding: the sharding of the batch over the devices.
+        """
+
+        def draw(key: jax.Array) -> Batch:
+            shape = (batch_size, *spec.image_shape)
+            images = jax.random.randint(key, shape, 0, 256, jnp.uint8)
+            labels = jax.random.randint(key, (batch_size,), 0, spec.num_classes, jnp.int32)
+            return Batch(images, labels, jnp.ones(batch_size, jnp.float32))
+
+        batch = jax.jit(draw, out_shardings=sharding)(jax.random.key(0))
+        self._element = Streamed(batch, unreadable=np.empty(0, np.int64))
+
+    def __next__(self) -> Streamed:
+        return self._element
+
+    def start_prefetch(self) -> None:
+        """Does nothing: the batch is there already."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns nothing: every position is the same."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Does nothing: every position is the same."""
+
+    def close(self) -> None:
+        """Does nothing: there are no worker processes."""
+
+
 def host_batches(
-    examples: grain.MapDataset, batch_size: int, shard: grain.sharding.ShardOptions, workers: int
-) -> grain.IterDataset:
-    """One process's share of every batch, as arrays of the host.
+    examples: grain.MapDataset[Example],
+    batch_size: int,
+    shard: grain.sharding.ShardOptions,
+    workers: int,
+) -> grain.IterDataset[dict[str, np.ndarray]]:
+    """Returns one process's share of every batch, as arrays on the host.
 
     Args:
-      examples: of the run, in order.
-      batch_size: examples in a batch, over all processes.
-      shard: which process this is, of how many.
-      workers: processes that decode; 0 decodes in threads of this one.
+      examples: the examples of the run, in order.
+      batch_size: examples per batch, over all processes.
+      shard: the index of this process, and the number of processes.
+      workers: the number of processes that decode; 0 decodes in threads of this process.
     """
-    # Grain's workers ask for flags of absl, which nobody has parsed.
+    # Grain's workers read absl flags, which have not been parsed.
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS.mark_as_parsed()
-    # A worker does one batch after another: threads in it would only fight over its interpreter.
+    # A worker makes one batch after another. Threads would only compete for its interpreter.
     threads = 0 if workers else _cores()
     processes = grain.multiprocessing.MultiprocessingOptions(workers) if workers else None
     return grain.experimental.ElasticIterator(
         examples,
         batch_size,
         shard,
-        # What is buffered here are batches, not examples.
+        # Grain buffers whole batches here, not examples.
         read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
         multiprocessing_options=processes,
     )
 
 
 def _stream(
-    examples: grain.MapDataset, batch_size: int, sharding: jax.sharding.Sharding, workers: int
-) -> grain.DatasetIterator:
+    examples: grain.MapDataset[Example],
+    batch_size: int,
+    sharding: jax.sharding.Sharding,
+    workers: int,
+) -> grain.DatasetIterator[Streamed]:
     shard = grain.sharding.ShardOptions(jax.process_index(), jax.process_count())
     place = functools.partial(jax.make_array_from_process_local_data, sharding)
 
     def to_devices(host: dict[str, np.ndarray]) -> Streamed:
         unreadable = host["index"][(host["weight"] == 0) & (host["index"] != PADDING)]
-        # Copies, since a CPU device would go on using shared memory that Grain wants back.
+        # Copies, since a CPU device would keep using shared memory that Grain reuses.
         arrays = (np.array(host[name]) for name in ("image", "label", "weight"))
         return Streamed(Batch(*map(place, arrays)), np.array(unreadable))
 
@@ -207,10 +338,8 @@ def _stream(
     return iter(ready)
 
 
-def _example(
-    source: Source, index: int, window: jpeg.ChooseWindow, side: int
-) -> dict[str, np.ndarray]:
-    """One element of a batch; a blank one of weight zero where the picture cannot be read."""
+def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -> Example:
+    """Makes one element of a batch, a blank of weight zero if the image cannot be read."""
     try:
         record = source[index]
         image = jpeg.picture(record.data, window, side)
@@ -224,7 +353,7 @@ def _example(
     }
 
 
-def _blank(index: int, side: int) -> dict[str, np.ndarray]:
+def _blank(index: int, side: int) -> Example:
     return {
         "image": np.zeros((side, side, 3), np.uint8),
         "label": np.int32(0),
@@ -234,15 +363,15 @@ def _blank(index: int, side: int) -> dict[str, np.ndarray]:
 
 
 def _begin_worker() -> None:
-    """Called where a worker process unpickles its work: it must end when its parent does."""
+    """Makes a worker process end when its parent does. Unpickling its work calls this."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    # Signals reach the whole group of processes, or job; the parent is the one to answer.
+    # Signals reach the whole process group or job. Only the parent answers them.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
 
-    def follow():
+    def follow() -> None:
         parent.join()
         os._exit(1)
 

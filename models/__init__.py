@@ -1,6 +1,6 @@
-"""The networks, by name: Flax NNX modules without biases, for NHWC pictures of any size.
+"""The networks, by name: Flax NNX modules without biases, for NHWC images of any size.
 
-The names are known without importing Flax, so that a command line can list them at once.
+The names are known without importing Flax, so a command line can list them at once.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import jax
     from flax import nnx
 
-# --arch -> (module, class, its fixed options).
+# Each name of --arch, with its module, its class and the options that it fixes.
 ARCHITECTURES = {
     "fcn": ("models.fcn", "FCN", {}),
     "vgg": ("models.vgg", "VGG", {"depth": 16}),
@@ -36,17 +38,17 @@ def create(
     Args:
       arch: a key of :data:`ARCHITECTURES`.
       image_shape: ``(height, width, channels)``.
-      num_classes: width of the last layer.
-      dtype: in which the network computes.
-      param_dtype: of its parameters and of its running averages.
-      rngs: for Flax's own starting weights.
-      **options: of the network's class: ``depth`` and ``width`` of ``fcn``.
+      num_classes: the width of the last layer.
+      dtype: the dtype in which the network computes.
+      param_dtype: the dtype of its parameters and running averages.
+      rngs: the random keys for Flax's own starting weights.
+      **options: options of the network's class: ``depth`` and ``width`` of ``fcn``.
 
     Returns:
-      A module that maps pictures ``(batch, height, width, channels)`` to logits
+      A module that maps images ``(batch, height, width, channels)`` to logits
       ``(batch, num_classes)`` of ``dtype``.
     """
     module, name, fixed = ARCHITECTURES[arch]
-    network = getattr(importlib.import_module(module), name)
+    network: Callable[..., nnx.Module] = getattr(importlib.import_module(module), name)
     types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
     return network(image_shape, num_classes, **fixed, **options, **types)

@@ -9,7 +9,7 @@ from flax import nnx
 
 
 class FCN(nnx.Module):
-    """Flattens its input, then ``depth`` dense layers with ``sqrt(2) * relu`` in between."""
+    """Flattens its input and applies ``depth`` dense layers, with ``sqrt(2) * relu`` in between."""
 
     def __init__(
         self,
@@ -32,6 +32,6 @@ class FCN(nnx.Module):
         """Maps ``(batch, *image_shape)`` to logits ``(batch, num_classes)``."""
         x = images.reshape(len(images), -1)
         for layer in self.layers[:-1]:
-            # A relu halves the mean square of a symmetric input; sqrt(2) restores it.
+            # A ReLU halves the mean square of a symmetric input; sqrt(2) restores it.
             x = math.sqrt(2) * nnx.relu(layer(x))
         return self.layers[-1](x)

@@ -1,18 +1,21 @@
-"""What the convolutional networks are made of."""
+"""The layers of the convolutional networks."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.convolution import convolve
+from models.cpu_convolution import convolve
 
 
 class BatchNorm(nnx.BatchNorm):
     """Batch normalisation without scale and offset.
 
-    Running averages keep 0.9 of what they were, and that of the variance is over unbiased
-    estimates, ``n / (n - 1)`` times the variance of a batch of ``n`` values. Statistics are
-    computed and kept in ``param_dtype``, results have ``dtype``.
+    Running averages keep 0.9 of their previous value. The running variance averages unbiased
+    estimates: ``n / (n - 1)`` times the variance of a batch of ``n`` values. Statistics are
+    computed and kept in ``param_dtype``. Results have ``dtype``.
     """
 
     def __init__(
@@ -32,15 +35,15 @@ class BatchNorm(nnx.BatchNorm):
             use_scale=False,
             rngs=rngs,
         )
-        # Flax keeps them in float32, whatever it computes in.
+        # Flax keeps the averages in float32, whatever dtype it computes in.
         self.mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
         self.var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
         self.result_dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis of ``x``, by the batch or, after ``eval()``, the averages."""
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """Normalises the last axis of ``x``, by the batch or, after ``eval()``, by the averages."""
         kept = self.momentum * self.var[...]
-        normalised = super().__call__(x).astype(self.result_dtype)
+        normalised: jax.Array = super().__call__(x).astype(self.result_dtype)
         if not self.use_running_average:
             n = x.size // self.num_features
             self.var[...] = kept + (self.var[...] - kept) * (n / max(n - 1, 1))
@@ -57,13 +60,13 @@ def conv(
     param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution without bias, zero-padded so that stride 1 keeps the map's size."""
+    """Returns a square convolution without bias. Its padding keeps the map's size at stride 1."""
     return nnx.Conv(
         d_in,
         d_out,
         (size, size),
         strides=stride,
-        # The same on all sides, also for even maps and stride 2, where "SAME" is lopsided.
+        # Equal on all sides. For even maps and stride 2, "SAME" would pad them unequally.
         padding=size // 2,
         use_bias=False,
         dtype=dtype,
@@ -73,6 +76,12 @@ def conv(
     )
 
 
-def _convolve(x, kernel, strides, padding, **_) -> jax.Array:
-    # What else Flax passes are dilations and groups, of which there are none here.
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **_: Any,
+) -> jax.Array:
+    # Flax also passes dilations and groups. There are none here.
     return convolve(x, kernel, strides, padding)

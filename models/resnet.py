@@ -1,4 +1,6 @@
-"""Residual networks: pre-activation on small pictures, post-activation on large ones."""
+"""Residual networks: pre-activation on small images, post-activation on large ones."""
+
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ from flax import nnx
 
 from models.layers import BatchNorm, conv
 
-# depth -> (whether blocks are bottlenecks, how many there are in each stage).
+# For each depth, whether the blocks are bottlenecks and the number of blocks in each stage.
 STAGES = {
     18: (False, (2, 2, 2, 2)),
     34: (False, (3, 4, 6, 3)),
@@ -15,17 +17,17 @@ STAGES = {
     152: (True, (3, 8, 36, 3)),
 }
 EXPANSION = 4
-# Pictures up to this height go through the form made for CIFAR.
+# Images up to this height use the form designed for CIFAR.
 LARGEST_SMALL = 32
 
 
 class PreActivationBlock(nnx.Module):
-    """BatchNorm-ReLU-convolution two (three) times, plus the input.
+    """BatchNorm, ReLU and convolution, two (bottleneck: three) times, plus the input.
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
     """
 
-    def __init__(self, d_in: int, width: int, stride: int, bottleneck: bool, **types):
+    def __init__(self, d_in: int, width: int, stride: int, bottleneck: bool, **types: Any):
         self.convs = _convolutions(d_in, width, stride, bottleneck, types)
         self.norms = nnx.List(BatchNorm(c.in_features, **types) for c in self.convs)
         self.shortcut = _shortcut(d_in, self.convs[-1].out_features, stride, types)
@@ -42,12 +44,14 @@ class PreActivationBlock(nnx.Module):
 
 
 class PostActivationBlock(nnx.Module):
-    """Convolution-BatchNorm two (three) times with ReLU in between, plus the input, then ReLU.
+    """Convolution and BatchNorm, two (bottleneck: three) times, plus the input.
+
+    There is a ReLU after each BatchNorm but the last, and one after the sum.
 
     Where the shape changes, the shortcut is a 1x1 convolution with BatchNorm.
     """
 
-    def __init__(self, d_in: int, width: int, stride: int, bottleneck: bool, **types):
+    def __init__(self, d_in: int, width: int, stride: int, bottleneck: bool, **types: Any):
         self.convs = _convolutions(d_in, width, stride, bottleneck, types)
         self.norms = nnx.List(BatchNorm(c.out_features, **types) for c in self.convs)
         d_out = self.convs[-1].out_features
@@ -59,12 +63,17 @@ class PostActivationBlock(nnx.Module):
         h = self.norms[0](self.convs[0](x))
         for norm, convolve in zip(self.norms[1:], self.convs[1:], strict=True):
             h = norm(convolve(nnx.relu(h)))
-        if self.shortcut is not None:
+        if self.shortcut is not None and self.shortcut_norm is not None:
             x = self.shortcut_norm(self.shortcut(x))
         return nnx.relu(h + x)
 
 
-def _convolutions(d_in: int, width: int, stride: int, bottleneck: bool, types: dict) -> nnx.List:
+Block: TypeAlias = PreActivationBlock | PostActivationBlock
+
+
+def _convolutions(
+    d_in: int, width: int, stride: int, bottleneck: bool, types: dict[str, Any]
+) -> nnx.List[nnx.Conv]:
     if not bottleneck:
         return nnx.List([conv(d_in, width, 3, stride, **types), conv(width, width, 3, **types)])
     return nnx.List(
@@ -76,14 +85,14 @@ def _convolutions(d_in: int, width: int, stride: int, bottleneck: bool, types: d
     )
 
 
-def _shortcut(d_in: int, d_out: int, stride: int, types: dict) -> nnx.Conv | None:
+def _shortcut(d_in: int, d_out: int, stride: int, types: dict[str, Any]) -> nnx.Conv | None:
     return None if (d_in, stride) == (d_out, 1) else conv(d_in, d_out, 1, stride, **types)
 
 
 class ResNet(nnx.Module):
     """A stem, four stages of residual blocks, the mean over the map and one dense layer.
 
-    On pictures of up to 32 pixels the stem is one 3x3 convolution, neither normalised nor
+    On images of up to 32 pixels the stem is one 3x3 convolution, neither normalised nor
     activated, and the blocks are pre-activation. On larger ones it is a 7x7 convolution of
     stride 2 with BatchNorm, ReLU and a 3x3 max-pool of stride 2, and the blocks are
     post-activation, with their stride in the 3x3 convolution ("v1.5").
@@ -100,16 +109,18 @@ class ResNet(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         bottleneck, stages = STAGES[depth]
         height, _, channels = image_shape
+        block: type[Block]
+        self.stem_norm: BatchNorm | None
         if height <= LARGEST_SMALL:
             block, self.stem_norm = PreActivationBlock, None
             self.stem = conv(channels, width, 3, **types)
         else:
             block, self.stem_norm = PostActivationBlock, BatchNorm(width, **types)
             self.stem = conv(channels, width, 7, 2, **types)
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[Block] = nnx.List()
         channels = width
         for stage, count in enumerate(stages):
             for i in range(count):

@@ -1,12 +1,14 @@
 """VGG with batch normalisation and one dense layer."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from models.layers import BatchNorm, conv
 
-# depth -> how many convolutions there are of each width.
+# For each depth, the number of convolutions of each width.
 REPEATS = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -14,15 +16,15 @@ REPEATS = {
     19: (2, 2, 4, 4, 4),
 }
 WIDTHS = (64, 128, 256, 512, 512)
-# Five poolings halve a picture of this size to one pixel.
+# Five poolings reduce an image of this size to one pixel.
 SMALLEST = 32
 
 
 class VGG(nnx.Module):
     """3x3 convolutions, each with BatchNorm and ReLU, five 2x2 max-pools, one dense layer.
 
-    Pictures smaller than 32x32 are padded to it, evenly and with zeros, which is the mean of
-    the data: their maps would vanish before the last pooling.
+    Images smaller than 32x32 are padded evenly to that size, since their maps would vanish before
+    the last pooling. The padding is zero, the mean of the normalised data.
     """
 
     def __init__(
@@ -35,10 +37,11 @@ class VGG(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         height, width, channels = image_shape
         self.padding = (_padding(height), _padding(width))
-        self.convs, self.norms = nnx.List(), nnx.List()
+        self.convs: nnx.List[nnx.List[nnx.Conv]] = nnx.List()
+        self.norms: nnx.List[nnx.List[BatchNorm]] = nnx.List()
         for repeats, d_out in zip(REPEATS[depth], WIDTHS, strict=True):
             self.convs.append(nnx.List())
             self.norms.append(nnx.List())

@@ -25,6 +25,8 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, os.fspath(ROOT))
 
+from flax import nnx  # noqa: E402
+
 from tests.pictures import write_tree  # noqa: E402
 from training import checkpoints  # noqa: E402
 
@@ -109,7 +111,7 @@ def chaos(
 def ending(workdir: Path) -> tuple[bytes, list[dict]]:
     """The last parameters of a run, and its metrics without what was timed."""
     model, _ = checkpoints.load(workdir, "last")
-    arrays = checkpoints.nnx.to_flat_state(checkpoints.nnx.state(model))
+    arrays = nnx.to_flat_state(nnx.state(model))
     parameters = b"".join(np.asarray(leaf[...]).tobytes() for _, leaf in arrays)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     untimed = [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]

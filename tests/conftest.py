@@ -4,7 +4,7 @@ import os
 import pytest
 from PIL import Image
 
-from input_pipeline.sources import data_path
+from input_pipeline.prepared import data_path
 from tests.pictures import small_pictures
 
 # What earlier runs have compiled is not to decide how a test ends. Read when JAX is imported.

@@ -36,7 +36,7 @@ def test_help_has_every_flag_in_a_line_and_imports_nothing_heavy():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     flags = (
         "arch dataset loss train_bs test_bs epochs depth width gain seed data_dir workdir "
-        "platform precision save_every keep restart eval_only"
+        "platform precision save_every keep restart verbose eval_only"
     )
     for flag in flags.split():
         assert re.search(rf"--{flag},? \S", run.stdout), flag
@@ -54,6 +54,8 @@ def test_help_has_every_flag_in_a_line_and_imports_nothing_heavy():
             ["--workdir", "/dev/null/run"],
             "error: --workdir /dev/null/run: cannot write in /dev/null",
         ),
+        (["--workdir", "~nobody-of-this-name/run"], "error: --workdir ~nobody-of-this-name/run: "),
+        (["--workdir", "x" * 300], f"error: --workdir {'x' * 300}: File name too long"),
         (["--width", "0"], "error: --width 0: must be at least 1"),
         (["--epochs", "-1"], "error: --epochs -1: must be at least 1"),
         (["--platform", "tpu"], "error: --platform tpu: JAX finds no such device"),
@@ -94,6 +96,13 @@ def test_wrong_flags_are_answered_in_one_line(tmp_path, flags, message):
     assert run.stderr.count("\n") == 1
     assert run.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_an_error_of_the_parser_is_the_same_in_any_encoding(encoding):
+    run = train("--epochs", "ten", env=os.environ | {"PYTHONIOENCODING": encoding})
+    message = "error: --epochs: invalid literal for int() with base 10: 'ten'; see --help\n"
+    assert (run.returncode, run.stderr) == (2, message)
 
 
 def test_data_that_is_nowhere_to_be_had_is_one_line_too(tmp_path):
@@ -173,11 +182,17 @@ def test_a_run_outlives_whoever_reads_its_output(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 30
 
 
+class Screens(list):
+    """Every screen that was shown, as its lines, and whether the cursor is hidden at the end."""
+
+    cursor_hidden = False
+
+
 def on_a_terminal(*flags, columns=80, interrupt_at=None, cwd=None):
     """Runs on a terminal, and presses Ctrl-C when it shows what is to be waited for.
 
     Returns:
-      The exit code, and every screen that was shown, as a list of lines.
+      The exit code, and :class:`Screens`.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
@@ -192,12 +207,13 @@ def on_a_terminal(*flags, columns=80, interrupt_at=None, cwd=None):
     )
     os.close(theirs)
     screen = pyte.Screen(columns, 60)
-    stream, screens = pyte.ByteStream(screen), []
+    stream, screens = pyte.ByteStream(screen), Screens()
     while True:
         try:
             stream.feed(os.read(ours, 65536))
         except OSError:  # The other end is closed.
             return process.wait(), screens
+        screens.cursor_hidden = screen.cursor.hidden
         screens.append([line.rstrip() for line in screen.display if line.strip()])
         if interrupt_at and any(interrupt_at in line for line in screens[-1]):
             interrupt_at = None
@@ -225,6 +241,15 @@ def test_a_terminal_of_eighty_columns_is_wide_enough(tmp_path):
     assert "5748 (" in checkpoints
     assert last[-1].startswith(("metrics", "dashboard"))
     assert ("dashboard" in last[-1]) == bool(importlib.util.find_spec("tensorboard"))
+
+
+def test_ctrl_c_while_it_compiles_brings_the_cursor_back(tmp_path):
+    flags = ["--depth", "60", "--workdir", tmp_path / "run"]
+    code, screens = on_a_terminal(*flags, interrupt_at="compiling ━")
+    assert code == 130
+    assert screens[-1][-1] == "stopped: SIGINT"
+    assert not any("━" in line for line in screens[-1])
+    assert not screens.cursor_hidden
 
 
 @pytest.mark.parametrize("columns", [80, 120])

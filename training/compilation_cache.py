@@ -1,9 +1,10 @@
-"""Keeps what is compiled in a folder of the user, for the next run of the kind to start at once."""
+"""Enables JAX's persistent compilation cache."""
 
 import hashlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,16 +13,17 @@ MIN_SECONDS = 0.1
 
 
 def enable(platform: str) -> None:
-    """Keeps what is compiled, in ``$XDG_CACHE_HOME/agd-jax`` or ``~/.cache/agd-jax``.
+    """Enables the cache, in ``$XDG_CACHE_HOME/agd-jax`` or ``~/.cache/agd-jax``.
 
-    Does nothing where JAX has been told of a folder (``$JAX_COMPILATION_CACHE_DIR``) or to keep
-    nothing (``$JAX_ENABLE_COMPILATION_CACHE``), nor where the folder cannot be written, nor on CPUs
-    that cannot use what is kept.
+    Does nothing where JAX has been told of a folder (``$JAX_COMPILATION_CACHE_DIR``) or not to use
+    the cache (``$JAX_ENABLE_COMPILATION_CACHE``), where the folder cannot be written, and on CPUs
+    that cannot use what is cached.
 
     Args:
-      platform: of the devices, "cpu", "gpu" or "tpu".
+      platform: the kind of the devices, "cpu", "gpu" or "tpu".
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # Its flags are declared at run time.
+    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "agd-jax"
     if platform == "cpu":

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any
 
 import tyro
 
 from input_pipeline.command_line import FOLDER
 from input_pipeline.specs import SPECS, DatasetSpec
 from models import ARCHITECTURES
+from training.errors import ConfigError
+from training.records import from_json
 
 ARCHS = tuple(ARCHITECTURES)
 LOSSES = ("mse", "xent")
@@ -41,11 +43,7 @@ IDENTITY = (
 )
 
 
-class ConfigError(Exception):
-    """A flag cannot be followed; the message names it, what was given and what would work."""
-
-
-def _flag(choices: tuple[str, ...] = (), default: str | None = None):
+def _flag(choices: tuple[str, ...] = (), default: str | None = None) -> Any:
     """How ``--help`` shows a field: what it may be, and what it is when it is left out."""
     return tyro.conf.arg(
         metavar="|".join(choices) or None,
@@ -108,8 +106,10 @@ class TrainConfig:
     """How many of the newest checkpoints to keep, beside the best epoch's."""
     restart: bool = False
     """Begin afresh in a workdir that holds a run, and set that run aside in it, each time."""
+    verbose: bool = False
+    """Log what several processes do together, to see which of them waits for which."""
     eval_only: bool = False
-    """Test the best and the last checkpoint of --workdir, and nothing else."""
+    """Test the best and the last checkpoint of --workdir, and train nothing."""
 
     def resolved(self) -> "TrainConfig":
         """Returns the config with defaults that depend on other fields filled in, and checked.
@@ -119,7 +119,9 @@ class TrainConfig:
         """
         _choose("--arch", self.arch, ARCHS)
         _choose("--dataset", self.dataset, DATASETS)
-        config = dataclasses.replace(self._placed(), loss=self.loss or SPECS[self.dataset].loss)
+        config = dataclasses.replace(
+            self._placed(), loss=SPECS[self.dataset].loss if self.loss is None else self.loss
+        )
         if self.arch == "fcn":
             depth, width = self.depth or DEPTH, self.width or WIDTH
             config = dataclasses.replace(config, depth=depth, width=width)
@@ -137,11 +139,11 @@ class TrainConfig:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"--workers {self.workers}: must be at least 0")
-        for name in ("image_size", "workers"):
-            if getattr(self, name) is not None and not SPECS[self.dataset].streamed:
-                streamed = " and ".join(name for name, spec in SPECS.items() if spec.streamed)
+        for name, loaders in (("image_size", ("imagenet", "noise")), ("workers", ("imagenet",))):
+            if getattr(self, name) is not None and SPECS[self.dataset].loader not in loaders:
+                fitting = " and ".join(n for n, spec in SPECS.items() if spec.loader in loaders)
                 raise ConfigError(
-                    f"--{name} {getattr(self, name)}: is for {streamed}, not for {self.dataset}"
+                    f"--{name} {getattr(self, name)}: is for {fitting}, not for {self.dataset}"
                 )
         if self.data_dir is not None and not SPECS[self.dataset].stored:
             raise ConfigError(f"--data_dir {self.data_dir}: {self.dataset} is read from no folder")
@@ -168,14 +170,15 @@ class TrainConfig:
             raise ConfigError(
                 f"--coordinator {self.coordinator}: give a host and a port, as in 10.0.0.1:1234"
             )
-        if self.num_processes is not None and not 0 <= self.process_id < self.num_processes:
+        number, count = self.process_id, self.num_processes
+        if number is not None and count is not None and not 0 <= number < count:
             raise ConfigError(
                 f"--process_id {self.process_id}: must be at least 0 and less than --num_processes "
                 f"{self.num_processes}"
             )
         return dataclasses.replace(self, distribute=self.distribute or self.coordinator is not None)
 
-    def to_test(self) -> "TrainConfig":
+    def to_evaluate(self) -> "TrainConfig":
         """Returns the config of ``--eval_only``, as far as it can be checked without its workdir.
 
         Raises:
@@ -247,12 +250,13 @@ class TrainConfig:
         for name in names:
             ours, theirs = getattr(self, name), getattr(saved, name)
             if ours != theirs:
+                has = f"without --{name}" if theirs is None else f"with --{name} {theirs}"
                 raise ConfigError(
-                    f"--{name} {ours}: {self.workdir} holds a run with --{name} {theirs}; give "
+                    f"--{name} {ours}: {self.workdir} holds a run {has}; give "
                     + ("that" if self.eval_only else "that, another --workdir, or --restart")
                 )
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The fields as what JSON has: numbers, strings and null."""
         fields = dataclasses.asdict(self)
         return {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
@@ -264,18 +268,19 @@ class TrainConfig:
         Raises:
           ConfigError: if it is not what ``to_json`` gives.
         """
-        if not isinstance(fields, dict):
-            raise ConfigError("the saved config is not an object of JSON")
-        # In JSON, a path is text and a whole number is no other than a real one.
-        types = get_type_hints(cls) | {"workdir": str | None, "gain": float | int}
-        for name, value in fields.items():
-            if name not in types or not isinstance(value, types[name]):
-                raise ConfigError(f"the saved config has {name}={value!r}, which is no flag")
-        if fields.get("workdir"):
-            fields = fields | {"workdir": Path(fields["workdir"])}
-        return cls(**fields)
+        if isinstance(fields, dict):
+            # In JSON, a path is text.
+            if isinstance(fields.get("workdir"), str):
+                fields = fields | {"workdir": Path(fields["workdir"])}
+            # Earlier versions saved fcn's depth and width with every network.
+            if fields.get("arch", "fcn") != "fcn":
+                fields = fields | {"depth": None, "width": None}
+        try:
+            return from_json(cls, fields)
+        except ValueError as error:
+            raise ConfigError(f"the saved config {error}") from error
 
 
-def _choose(flag: str, given: str, choices: tuple[str, ...]) -> None:
+def _choose(flag: str, given: str | None, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise ConfigError(f"{flag} {given}: unknown; choose from {', '.join(choices)}")

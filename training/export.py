@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from input_pipeline.command_line import FOLDER, parse
-from training.config import ConfigError
+from input_pipeline.command_line import FOLDER, parse, say
+from training.errors import ConfigError
 
 if TYPE_CHECKING:
-    from training.checkpoints import Trained, Which
+    from training.checkpoints.reading import Trained, Which
 
 SUFFIX = ".safetensors"
 
@@ -47,7 +47,7 @@ def metadata(trained: "Trained") -> dict[str, str]:
     """
     import numpy as np
 
-    from training.network import DTYPES
+    from training.state import DTYPES
 
     config, spec = trained.config, trained.config.spec
     facts = {
@@ -77,13 +77,13 @@ def export(workdir: Path, file: Path, which: "Which" = "best") -> int:
       ConfigError: if there is no such checkpoint, or the file cannot be written, or has the name of
         another format.
     """
-    if file.suffix != SUFFIX:
+    if not file.name.endswith(SUFFIX):
         raise ConfigError(f"{file}: is written as safetensors; give a name that ends in {SUFFIX}")
     import numpy as np
     import safetensors.numpy
     from flax import nnx
 
-    from training.checkpoints import load_all
+    from training.checkpoints.reading import load_all
 
     trained = load_all(workdir, which)
     state = nnx.to_flat_state(nnx.state(trained.model, (nnx.Param, nnx.BatchStat)))
@@ -110,7 +110,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.file}: {count} tensors of the {options.which} checkpoint")
+    say(f"{options.file}: {count} tensors of the {options.which} checkpoint")
     return 0
 
 

@@ -1,212 +1,145 @@
-"""A run, from its config to its report."""
+"""The loop over epochs: train, evaluate, report, save, without waiting for the devices."""
 
-import contextlib
-import functools
-import os
-from dataclasses import dataclass
-from pathlib import Path
+import dataclasses
+import math
+import time
 
 import jax
-from flax import nnx
-from jax.sharding import Mesh
 
-import agd_jax
-from input_pipeline import sources
-from input_pipeline.imagenet import Sources
-from input_pipeline.sources import Arrays
-from training import compilation_cache, epochs, network, processes, sharding, step, workdir
-from training.checkpoints import Snapshot
-from training.config import ConfigError, TrainConfig
-from training.losses import LOSSES
-from training.network import DTYPES
-from training.reporting import Reporter, SilentReporter
-from training.resident import ResidentRun
-from training.saver import Saver
-from training.state import Plan, TrainState, plan_state
-from training.streamed import StreamedRun
+from training import metrics, multihost, signals
+from training.checkpoints.saving import Saver, Snapshot
+from training.errors import NonFiniteError
+from training.feeds import Feed
+from training.records import EpochRecord, best
+from training.reporting.reporter import SilentReporter
+from training.signals import Stopped
+
+# A dispatch takes about as many steps as fit in this: few enough for a live bar and to end soon
+# when asked to, enough for the cost of a dispatch not to matter.
+DISPATCH_SECONDS = 0.25
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run ends with.
-
-    Attributes:
-      workdir: the folder with its files.
-      records: one dict for each epoch, as in ``metrics.jsonl``.
-      graphdef: of the network; ``nnx.merge(graphdef, state.params, state.batch_stats)`` is it.
-      state: after the last step.
-    """
-
-    workdir: Path
-    records: list[dict]
-    graphdef: nnx.GraphDef
-    state: TrainState
-
-
-def train(config: TrainConfig) -> Result:
-    """Trains a network as the config says, from where an earlier run in its workdir left off.
+def train_epochs(
+    feed: Feed, snapshot: Snapshot, epochs: int, reporter: SilentReporter, saver: Saver
+) -> Snapshot:
+    """Trains from a snapshot until there have been so many epochs, and saves the end.
 
     Raises:
-      ConfigError: if a flag cannot be followed.
-      DataError: if the data set cannot be had.
       NonFiniteError: if the loss or the gradient stops being finite.
       SaveError: if the end could not be saved.
       Stopped: if a signal asked for it, once all is saved.
     """
-    config = config.resolved()
-    sharding.use_platform(config.platform)
-    processes.initialize(config)
-    sharding.find_devices(config.platform)
-    folder = Path(processes.decide(lambda: os.fspath(workdir.choose(config))))
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        enter(jax.enable_x64(config.precision == "f64"))
-        mesh = sharding.make_mesh(config)
-        compilation_cache.enable(mesh.devices.flat[0].platform)
-        data = load_data(config)
-        check_batch_fits(config, data)
-        plan = build_plan(config, mesh)
-        aside = processes.decide(lambda: enter(workdir.held(folder, config.restart)))
-        sizes = data.train.size, data.test.size
-        saver = enter(Saver(folder, config, sizes, data.classes))
-        run = enter(contextlib.closing(build_run(config, mesh, data, plan)))
-        saved = saver.restore(plan.shapes, run.no_metrics())
-        if saved:
-            _check_epochs(config, saved, run.steps_per_epoch)
-            run.restore(saved.position, saved.step)
-
-        facts = describe(config, mesh, data, plan.shapes)
-        if saved:
-            done = f"{len(saved.records)} epochs done"
-            facts["resumed"] = f"after step {saved.step:,}, with {done}"
-            if len(saved.records) >= config.epochs:
-                facts["resumed"] = f"{done} already, nothing is left to do; more --epochs go on"
-        if aside:
-            facts["set aside"] = f"the earlier run, in {aside}"
-        reporter_class = Reporter if processes.first() else SilentReporter
-        records = saved.records if saved else []
-        reporter = enter(reporter_class(config, folder, facts, records))
-        reporter.compiling()
-        snapshot = saved or Snapshot(0, plan.init(), run.no_metrics(), 0, [], run.position())
-        if len(records) < config.epochs:
-            snapshot = epochs.train_epochs(config, run, snapshot, reporter, saver)
-    return Result(folder, snapshot.records, plan.graphdef, snapshot.state)
+    start = time.perf_counter()
+    snapshot = dataclasses.replace(snapshot, state=feed.compile(snapshot.state))
+    reporter.begin(time.perf_counter() - start)
+    with signals.on_request() as request:
+        while len(snapshot.records) < epochs:
+            snapshot = train_epoch(feed, snapshot, reporter, saver, request)
+            snapshot = eval_epoch(feed, snapshot, epochs, reporter, saver, request)
+        saver.finish()
+    return snapshot
 
 
-def load_data(config: TrainConfig) -> Arrays | Sources:
-    """Loads a small data set, or finds a large one."""
-    if not config.spec.streamed:
-        return sources.load(config.spec, config.data_dir)
-    from input_pipeline import imagenet, synthetic
+def train_epoch(
+    feed: Feed,
+    begun: Snapshot,
+    reporter: SilentReporter,
+    saver: Saver,
+    request: signals.Request,
+) -> Snapshot:
+    """Trains to the end of the epoch that a snapshot is in, the first being 1."""
+    epoch = len(begun.records) + 1
+    last = epoch * feed.steps_per_epoch
+    step, state, sums, seconds = begun.step, begun.state, begun.sums, begun.seconds
+    start, steps = time.perf_counter() - seconds, 1
 
-    if not config.spec.stored:
-        return synthetic.sources(config.train_bs, config.test_bs)
-    return imagenet.find(config.spec, config.data_dir)
+    def now() -> Snapshot:
+        return Snapshot(step, state, sums, seconds, begun.records, feed.iterator_state())
+
+    while step < last:
+        step = int(min(step + steps, last, saver.next_step(step)))
+        before, (state, sums) = sums, feed.train(state, sums, step)
+        # The host waits for the dispatch before this one, the device for nothing.
+        seen, seconds = jax.device_get(before), time.perf_counter() - start
+        if not metrics.finite(seen):
+            break
+        if seen.steps:
+            steps = max(1, int(seen.steps * DISPATCH_SECONDS / seconds))
+            speed = {"images_per_second": float(seen.sums.examples) / seconds}
+            done = float(seen.steps) / feed.steps_per_epoch
+            reporter.progress(epoch, done, metrics.train_averages(seen) | speed)
+        signum, save, steps = multihost.agree(request.signum, saver.due(step), steps)
+        if (signum or save) and step < last:
+            if not metrics.finite(jax.device_get(sums)):
+                break
+            keep(saver, now(), signum)
+
+    sums_seen, seconds = jax.device_get(sums), time.perf_counter() - start
+    if not metrics.finite(sums_seen):
+        raise NonFiniteError(_non_finite(sums_seen, epoch, feed.steps_per_epoch, saver))
+    return now()
 
 
-def check_batch_fits(config: TrainConfig, data: Arrays | Sources) -> None:
-    """Raises ConfigError if there is no full batch in the training set."""
-    size = data.train.size
-    if config.train_bs > size:
-        raise ConfigError(
-            f"--train_bs {config.train_bs}: larger than the training set of {config.dataset}; "
-            f"it may be 1 to {size}"
-        )
-
-
-def _check_epochs(config: TrainConfig, saved: Snapshot, steps_per_epoch: int) -> None:
-    """Raises ConfigError if a run has been trained for longer than it is asked to be."""
-    epochs = -(-saved.step // steps_per_epoch)
-    if epochs > config.epochs:
-        raise ConfigError(
-            f"--epochs {config.epochs}: {config.workdir} holds a run that is at step "
-            f"{saved.step:,}, of epoch {epochs}; give as many, another --workdir, or --restart"
-        )
-
-
-def build_plan(config: TrainConfig, mesh: Mesh) -> Plan:
-    """Plans the network and the state that training starts from."""
-    key = jax.random.key(config.seed)
-    shardings = functools.partial(sharding.of_state, mesh)
-    make_model = functools.partial(network.create, config)
-    return plan_state(make_model, agd_jax.agd(gain=config.gain), key, shardings)
-
-
-def build_run(
-    config: TrainConfig, mesh: Mesh, data: Arrays | Sources, plan: Plan
-) -> ResidentRun | StreamedRun:
-    """Puts the data on the devices, or on their way, and builds the programs that use them."""
-    loss = LOSSES[config.loss]
-    common = {
-        "train_step": functools.partial(
-            step.train_step, plan.graphdef, agd_jax.agd(gain=config.gain), loss
-        ),
-        "eval_step": functools.partial(step.eval_step, plan.graphdef, loss),
-        "train_bs": config.train_bs,
-        "test_bs": config.test_bs,
-        "dtype": DTYPES[config.precision][1],
-        "mesh": mesh,
-        "shardings": sharding.of_state(mesh, plan.shapes),
-    }
-    if config.spec.streamed:
-        train, test = open_streams(config, mesh, data)
-        return StreamedRun(config.spec, train, test, data, **common)
-    return ResidentRun(
-        config.spec,
-        data,
-        # The starting weights are drawn from the seed's key itself.
-        key=jax.random.fold_in(jax.random.key(config.seed), 1),
-        convolutional=any(p.ndim == 4 for p in jax.tree.leaves(plan.shapes.params)),
-        **common,
+def eval_epoch(
+    feed: Feed,
+    trained: Snapshot,
+    epochs: int,
+    reporter: SilentReporter,
+    saver: Saver,
+    request: signals.Request,
+) -> Snapshot:
+    """Evaluates at the end of an epoch, of so many, and completes its record."""
+    # Several processes evaluate together, and end together afterwards.
+    interrupted = lambda: jax.process_count() == 1 and request.signum != 0
+    eval_sums = feed.evaluate(trained.state, interrupted)
+    if eval_sums is None:
+        keep(saver, trained, request.signum)
+    eval_sums, train_sums = jax.device_get((eval_sums, trained.sums))
+    averages, tested = metrics.train_averages(train_sums), metrics.averages(eval_sums)
+    record = EpochRecord(
+        epoch=len(trained.records) + 1,
+        step=trained.step,
+        train_loss=averages.pop("loss"),
+        train_accuracy=averages.pop("accuracy"),
+        test_loss=tested["loss"],
+        test_accuracy=tested["accuracy"],
+        seconds=trained.seconds,
+        images_per_second=float(train_sums.sums.examples) / trained.seconds,
+        unreadable=feed.unreadable(train_sums.sums, eval_sums),
+        **averages,
     )
-
-
-def open_streams(config: TrainConfig, mesh: Mesh, data: Sources) -> tuple:
-    """The training and the test batches of a large data set."""
-    from input_pipeline import streaming, synthetic
-
-    over_batch = sharding.over_batch(mesh)
-    if not config.spec.stored:
-        return tuple(
-            synthetic.NoiseStream(config.spec, batch_size, over_batch)
-            for batch_size in (config.train_bs, config.test_bs)
-        )
-    workers = streaming.default_workers() if config.workers is None else config.workers
-    train = streaming.train_stream(
-        config.spec,
-        data.train,
-        seed=config.seed,
-        epochs=config.epochs,
-        batch_size=config.train_bs,
-        sharding=over_batch,
-        workers=workers,
+    reporter.epoch(record)
+    snapshot = dataclasses.replace(
+        trained, sums=feed.zero_metrics(), seconds=0, records=[*trained.records, record]
     )
-    test = streaming.eval_stream(
-        config.spec,
-        data.test,
-        batch_size=config.test_bs,
-        sharding=over_batch,
-        workers=workers,
+    is_best, final = best(snapshot.records) is record, record.epoch == epochs
+    due = saver.due(snapshot.step, is_best)
+    signum, save, _ = multihost.agree(request.signum, due, 1)
+    if final:
+        saver.save(snapshot)
+    elif signum or save:
+        keep(saver, snapshot, signum)
+    elif is_best:
+        saver.hold(snapshot)
+    return snapshot
+
+
+def keep(saver: Saver, snapshot: Snapshot, signum: int) -> None:
+    """Saves, and ends the run if a signal asked for it."""
+    saver.save(snapshot)
+    if signum:
+        saver.finish()
+        raise Stopped(signum, saver.path_of(snapshot.step))
+
+
+def _non_finite(sums: metrics.TrainMetrics, epoch: int, steps_per_epoch: int, saver: Saver) -> str:
+    """What the metrics of an epoch say of its first step that was not finite."""
+    loss_is_finite = math.isfinite(sums.sums.loss)
+    what = "gradient summary" if loss_is_finite else "loss"
+    value = sums.gradient_summary if loss_is_finite else sums.sums.loss
+    step, good = (epoch - 1) * steps_per_epoch + int(sums.steps), saver.last_good()
+    where = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+    return (
+        f"the {what} was {value} at step {step} (epoch {epoch}), after an eta of "
+        f"{sums.eta_last:.4g}; {where}"
     )
-    return train, test
-
-
-def describe(
-    config: TrainConfig, mesh: Mesh, data: Arrays | Sources, shapes: TrainState
-) -> dict[str, str]:
-    """What was resolved, as the first lines of a run say it."""
-    leaves = jax.tree.leaves(shapes.params)
-    device, size = mesh.devices.flat[0], mesh.devices.size
-    train, test = data.train.size, data.test.size
-    pixels = " x ".join(map(str, config.spec.image_shape))
-    batches = f"{train // config.train_bs:,} steps of {config.train_bs} pictures"
-    return {
-        "devices": f"{size} x {device.platform} ({device.device_kind})"
-        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
-        + (f", mesh {config.mesh}" if config.mesh else ""),
-        "data": f"{config.dataset}, {train:,} training and {test:,} test pictures of {pixels}",
-        "network": f"{config.arch}, {sum(p.size for p in leaves):,} parameters in "
-        f"{len(leaves)} tensors",
-        "training": f"{config.epochs} epochs of {batches}, {config.loss}, {config.precision}, "
-        f"seed {config.seed}",
-    }

@@ -58,25 +58,26 @@ def of_batch(
     return Metrics(jnp.sum(weights), jnp.sum(weights * losses), jnp.sum(weights * hits))
 
 
-def no_metrics(dtype: jax.typing.DTypeLike) -> Metrics:
+def zero_metrics(dtype: jax.typing.DTypeLike) -> Metrics:
     """The sums over no example."""
     return Metrics(*jnp.zeros([3], dtype))
 
 
-def no_train_metrics(dtype: jax.typing.DTypeLike) -> TrainMetrics:
+def zero_train_metrics(dtype: jax.typing.DTypeLike) -> TrainMetrics:
     """The sums over no step."""
     zero, infinity = jnp.zeros([], dtype), jnp.full([], jnp.inf, dtype)
-    return TrainMetrics(no_metrics(dtype), zero, zero, infinity, -infinity, zero, zero)
+    return TrainMetrics(zero_metrics(dtype), zero, zero, infinity, -infinity, zero, zero)
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
     """Metrics of the examples of both."""
-    return jax.tree.map(jnp.add, a, b)
+    both: Metrics = jax.tree.map(jnp.add, a, b)
+    return both
 
 
 def add_train(a: TrainMetrics, b: TrainMetrics) -> TrainMetrics:
     """Metrics of the steps of both."""
-    both = jax.tree.map(jnp.add, a, b)
+    both: TrainMetrics = jax.tree.map(jnp.add, a, b)
     return both._replace(
         steps=a.steps + jnp.where(finite(a), b.steps, 0),
         eta_min=jnp.minimum(a.eta_min, b.eta_min),
@@ -106,9 +107,3 @@ def train_averages(metrics: TrainMetrics) -> dict[str, float]:
         "eta_max": float(metrics.eta_max),
         "gradient_summary": float(metrics.gradient_summary) / steps,
     }
-
-
-def best(records: list[dict]) -> dict:
-    """The first of the epochs' records, at least one, with the highest test accuracy."""
-    # Not a number, where no test picture could be read, is worse than anything.
-    return max(records, key=lambda r: -1 if math.isnan(r["test_accuracy"]) else r["test_accuracy"])

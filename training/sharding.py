@@ -11,15 +11,17 @@ Everything else is a function of whole arrays: norms, G, eta and BatchNorm's ave
 the whole, and it is XLA that inserts what has to be sent.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from training.config import MESH_AXES, ConfigError, TrainConfig
+from training.config import MESH_AXES, TrainConfig
+from training.errors import ConfigError
 from training.state import TrainState
 
 DATA, FSDP, MODEL = MESH_AXES
@@ -76,7 +78,8 @@ def find_devices(platform: str | None) -> list[jax.Device]:
     try:
         return jax.devices()
     except Exception as error:  # JAX has several for a device that is not there.
-        flag = f"--platform {platform}" if platform else f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        config: Any = jax.config  # Its flags are declared at run time.
+        flag = f"--platform {platform}" if platform else f"JAX_PLATFORMS={config.jax_platforms}"
         # What JAX says of its own variable would mislead who has given the flag.
         reason = str(error).split(" (set JAX_PLATFORMS")[0].partition("\n")[0]
         raise ConfigError(
@@ -95,6 +98,13 @@ def _check_divides(flag: str, batch_size: int, shares: int) -> None:
         )
 
 
+def place(mesh: Mesh, state: TrainState) -> TrainState:
+    """The shapes of a state, each with its sharding from :func:`of_state`."""
+    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    shapes: TrainState = jax.tree.map(with_sharding, state, of_state(mesh, state))
+    return shapes
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -106,7 +116,8 @@ def make(sharding: NamedSharding, build: Callable[[], T]) -> T:
     ``jax.device_put`` of arrays that are on devices already leaves a process without its share of
     them where it has one device (JAX 0.10.1 to 0.12).
     """
-    return jax.jit(build, out_shardings=sharding)()
+    arrays: T = jax.jit(build, out_shardings=sharding)()
+    return arrays
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
@@ -115,14 +126,14 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 
 
 def of_state(mesh: Mesh, state: TrainState) -> TrainState:
-    """How each array of a state is split: parameters by rule, all else on every device.
+    """Returns how each array of a state is split: parameters by rule, all else on every device.
 
     Args:
-      mesh: from :func:`make_mesh`.
-      state: its arrays, or their shapes.
+      mesh: a mesh from :func:`make_mesh`.
+      state: the state, or its shapes.
 
     Returns:
-      A tree of shardings.
+      The same tree, of shardings.
     """
     leaves, structure = jax.tree.flatten(state.params)
     dense, shardings = 0, []
@@ -130,12 +141,8 @@ def of_state(mesh: Mesh, state: TrainState) -> TrainState:
         shardings.append(NamedSharding(mesh, _partition(mesh, leaf.shape, dense)))
         dense += len(leaf.shape) == 2
     everywhere = replicated(mesh)
-    return TrainState(
-        step=everywhere,
-        params=jax.tree.unflatten(structure, shardings),
-        batch_stats=jax.tree.map(lambda _: everywhere, state.batch_stats),
-        opt_state=jax.tree.map(lambda _: everywhere, state.opt_state),
-    )
+    split: TrainState = jax.tree.map(lambda _: everywhere, state)
+    return dataclasses.replace(split, params=jax.tree.unflatten(structure, shardings))
 
 
 def _partition(mesh: Mesh, shape: tuple[int, ...], dense: int) -> PartitionSpec:

@@ -1,15 +1,32 @@
-"""The training state: one pytree, made on the mesh by one compiled function."""
+"""The network and the training state: one pytree, made on the mesh by one compiled function."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-import agd_jax
+import models
+
+if TYPE_CHECKING:
+    import optax
+
+    from training.config import TrainConfig
+
+# The static part of a network, and a tree of its arrays.
+Graph = nnx.GraphDef[nnx.Module]
+Arrays = nnx.State[Any, Any]
+
+# --precision -> dtype of the network's arithmetic, and of everything else.
+DTYPES = {
+    "f32": (jnp.float32, jnp.float32),
+    "bf16": (jnp.bfloat16, jnp.float32),
+    "f64": (jnp.float64, jnp.float64),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -18,55 +35,82 @@ class TrainState:
     """Everything that a step changes.
 
     Attributes:
-      step: number of steps taken, an int32 scalar.
+      step: the number of steps taken, an int32 scalar.
       params: the network's parameters.
-      batch_stats: its running averages, if it has any.
+      batch_stats: the network's running averages, if it has any.
       opt_state: the optimiser's state.
     """
 
     step: jax.Array
-    params: nnx.State
-    batch_stats: nnx.State
+    params: Arrays
+    batch_stats: Arrays
     opt_state: optax.OptState
 
 
-class Plan(NamedTuple):
-    """A network split once into what is static and what changes, and how to begin.
+def create_network(config: TrainConfig) -> nnx.Module:
+    """Builds the network that a config asks for, with Flax's own starting weights."""
+    dtype, param_dtype = DTYPES[config.precision]
+    options = {"depth": config.depth, "width": config.width}
+    return models.create(
+        config.arch,
+        config.spec.image_shape,
+        config.spec.num_classes,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=nnx.Rngs(0),
+        # Only those that are given: what a network has no use for, the config refuses.
+        **{name: value for name, value in options.items() if value is not None},
+    )
 
-    Attributes:
-      graphdef: the static part; ``nnx.merge(graphdef, params, batch_stats)`` is the network.
-      shapes: a state of ``jax.ShapeDtypeStruct`` with their shardings.
-      init: makes the state that training starts from, on the mesh.
-    """
 
-    graphdef: nnx.GraphDef
-    shapes: TrainState
-    init: Callable[[], TrainState]
+def abstract_network(config: TrainConfig) -> tuple[Graph, Arrays, Arrays]:
+    """Returns the static part of the network, and the shapes of its parameters and averages."""
+    return split(nnx.eval_shape(lambda: create_network(config)))
 
 
-def plan_state(
-    make_model: Callable[[], nnx.Module],
-    tx: optax.GradientTransformation,
-    key: jax.Array,
-    shardings: Callable[[TrainState], TrainState],
-) -> Plan:
-    """Plans the state of a network, of which nothing is computed before ``init`` is called.
+def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
+    """Splits a network into its static part, its parameters and its running averages."""
+    graphdef, params, *rest = nnx.split(model, nnx.Param, nnx.BatchStat)
+    (batch_stats,) = rest
+    return graphdef, params, batch_stats
+
+
+def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimiser that a config asks for."""
+    import agd_jax  # Here, as loading a trained network does without.
+
+    return agd_jax.agd(gain=config.gain)
+
+
+def abstract_state(config: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
+    """The shapes of the training state, as a tree of :class:`jax.ShapeDtypeStruct`."""
+    shapes: TrainState = jax.eval_shape(_maker(config, tx), jax.random.key(config.seed))
+    return shapes
+
+
+def create_train_state(
+    config: TrainConfig, tx: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Makes the state that training starts from, with orthogonal weights drawn from the seed.
 
     Args:
-      make_model: builds the network; its starting weights are replaced by orthogonal ones.
+      config: the config of the run.
       tx: the optimiser.
-      key: for the starting weights.
-      shardings: gives how each array of a state is to be split, from their shapes.
+      shardings: where each array is to be, as a state of :class:`jax.sharding.Sharding`.
     """
+    make = jax.jit(_maker(config, tx), out_shardings=shardings)
+    state: TrainState = make(jax.random.key(config.seed))
+    return state
 
-    def init(key: jax.Array) -> TrainState:
-        _, params, batch_stats = nnx.split(make_model(), nnx.Param, nnx.BatchStat)
+
+def _maker(
+    config: TrainConfig, tx: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
+    import agd_jax
+
+    def make(key: jax.Array) -> TrainState:
+        _, params, batch_stats = split(create_network(config))
         params = agd_jax.orthogonal_init(key, params)
         return TrainState(jnp.zeros([], jnp.int32), params, batch_stats, tx.init(params))
 
-    graphdef, _, _ = nnx.split(nnx.eval_shape(make_model), nnx.Param, nnx.BatchStat)
-    shapes = jax.eval_shape(init, key)
-    split = shardings(shapes)
-    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    make = jax.jit(init, out_shardings=split)
-    return Plan(graphdef, jax.tree.map(with_sharding, shapes, split), lambda: make(key))
+    return make

@@ -1,5 +1,6 @@
-"""One step of training and one of testing, as pure functions of the state and a batch."""
+"""One step of training and one of evaluation: pure functions of the state and a batch."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,14 +11,14 @@ from flax import nnx
 from input_pipeline.batch import Batch
 from training import metrics
 from training.metrics import Metrics, TrainMetrics
-from training.state import TrainState
+from training.state import Arrays, Graph, TrainState
 
 # (logits, labels) -> one loss for each example.
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: Graph,
     tx: optax.GradientTransformation,
     loss: Loss,
     state: TrainState,
@@ -26,17 +27,17 @@ def train_step(
     """Takes one step on a batch. The first three arguments are static.
 
     Args:
-      graphdef: of the network.
-      tx: ``agd()``.
-      loss: one of :data:`training.losses.LOSSES`.
-      state: before the step.
-      batch: of training examples; what has weight zero counts for nothing but BatchNorm.
+      graphdef: the static part of the network.
+      tx: the optimiser, whose state has an ``eta`` and a ``gradient_summary`` somewhere.
+      loss: one of :data:`LOSSES`.
+      state: the state before the step.
+      batch: training examples. One of weight zero counts for nothing but BatchNorm.
 
     Returns:
       The state after the step, and the metrics of the batch before it.
     """
 
-    def objective(params: nnx.State):
+    def objective(params: Arrays) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Arrays]]:
         model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
         model.train()
         logits, losses = _losses(model, loss, batch)
@@ -50,14 +51,15 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    eta, gradient_summary = opt_state
+    eta: jax.Array = optax.tree.get(opt_state, "eta")
+    gradient_summary: jax.Array = optax.tree.get(opt_state, "gradient_summary")
     sums = metrics.of_batch(losses, logits, batch.labels, batch.weights)
     steps = jnp.ones([], eta.dtype)
     measured = TrainMetrics(sums, steps, eta, eta, eta, eta, gradient_summary)
     return TrainState(state.step + 1, params, batch_stats, opt_state), measured
 
 
-def eval_step(graphdef: nnx.GraphDef, loss: Loss, state: TrainState, batch: Batch) -> Metrics:
+def eval_step(graphdef: Graph, loss: Loss, state: TrainState, batch: Batch) -> Metrics:
     """Metrics of a batch, which may hold padding. The first two arguments are static."""
     model = nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
     model.eval()
@@ -66,6 +68,27 @@ def eval_step(graphdef: nnx.GraphDef, loss: Loss, state: TrainState, batch: Batc
 
 
 def _losses(model: nnx.Module, loss: Loss, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    # Pictures have the dtype that the loss is to have, whatever the network computes in.
+    # Images have the dtype that the loss is to have, whatever the network computes in.
     logits = model(batch.images).astype(batch.images.dtype)
     return logits, loss(logits, batch.labels)
+
+
+def mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean over the classes of ``(logits - sqrt(num_classes) * onehot(labels))**2``.
+
+    Args:
+      logits: ``(batch, num_classes)``.
+      labels: ``(batch,)`` integers.
+
+    Returns:
+      ``(batch,)``, in the dtype of the logits.
+    """
+    num_classes = logits.shape[-1]
+    target = math.sqrt(num_classes) * jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+    return jnp.mean(jnp.square(logits - target), axis=-1)
+
+
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "mse": mse,
+    "xent": optax.softmax_cross_entropy_with_integer_labels,
+}

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
+from training.errors import ConfigError
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -17,18 +18,18 @@ LOCK_FILE = ".lock"
 EARLIER = "earlier"
 
 
-class SaveError(Exception):
-    """What a run is to leave could not be written."""
-
-
 def choose(config: TrainConfig) -> Path:
     """Returns the folder that a run is to use, without making it.
 
     Raises:
       ConfigError: if it cannot be made or written.
     """
-    path = config.workdir.expanduser() if config.workdir else _fresh(config)
-    ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        path = config.workdir.expanduser() if config.workdir else _fresh(config)
+        ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except (OSError, RuntimeError) as error:  # A name too long, or a user that is none.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--workdir {config.workdir}: {reason}") from error
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise ConfigError(
             f"--workdir {path}: cannot write in {ancestor}; give a folder that can be"

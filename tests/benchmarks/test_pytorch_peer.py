@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import agd_jax
 from input_pipeline.batch import Batch
-from training import loop, sharding
+from training import sharding
 from training.config import TrainConfig
-from training.losses import LOSSES
-from training.step import train_step
+from training.run import make_plan
+from training.step import LOSSES, train_step
 
 SHAPE = (32, 32, 3)
 
@@ -33,13 +32,13 @@ def test_the_peer_has_the_same_losses(arch):
     peer = pytorch_peer.Peer(network, loader=None)
     with jax.enable_x64(True):
         config = TrainConfig(arch=arch, dataset="cifar10", train_bs=16, precision="f64").resolved()
-        graphdef, _, init = loop.build_plan(config, sharding.make_mesh(config))
-        state = init()
+        plan = make_plan(config, sharding.make_mesh(config))
+        state = plan.create_train_state()
         with torch.no_grad():
             weights = epoch.as_pytorch(state.params, SHAPE)
             for parameter, weight in zip(network.parameters(), weights, strict=True):
                 parameter.copy_(torch.from_numpy(weight))
-        step = jax.jit(functools.partial(train_step, graphdef, agd_jax.agd(), LOSSES["mse"]))
+        step = jax.jit(functools.partial(train_step, plan.graphdef, plan.tx, LOSSES["mse"]))
         for images, labels in batches(3, 16):
             batch = Batch(jnp.asarray(images), jnp.asarray(labels, jnp.int32), jnp.ones(16))
             state, measured = step(state, batch)

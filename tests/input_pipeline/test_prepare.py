@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from input_pipeline import imagenet, prepare, sources
+from input_pipeline import imagenet, prepare, resident
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
 from tests.pictures import small_pictures, write_tars
@@ -102,7 +102,7 @@ def served(tmp_path, monkeypatch):
 def test_an_absent_data_set_is_downloaded_and_prepared_without_tensorflow(served, tmp_path, name):
     served(name)
     assert "tensorflow" not in sys.modules
-    arrays = sources.load(SPECS[name], tmp_path / "data")
+    arrays = resident.load(SPECS[name], tmp_path / "data")
     assert "tensorflow" not in sys.modules
     for split, count in (("train", 40), ("test", 20)):
         images, labels = small_pictures(name, count, seed=len(split))
@@ -123,7 +123,7 @@ def test_a_download_that_breaks_off_is_one_line(served, tmp_path):
     folder = served("mnist")
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(DataError, match=r"^--data_dir .*: cannot prepare mnist there: .*$"):
-        sources.load(SPECS["mnist"], tmp_path / "data")
+        resident.load(SPECS["mnist"], tmp_path / "data")
 
 
 def test_preparing_by_itself_prints_where(served, tmp_path, capsys):

@@ -14,7 +14,13 @@ from tests.pictures import encoded, photograph, write_tree
 
 SIDE = 16
 SPEC = DatasetSpec(
-    "small", (SIDE, SIDE, 3), 1000, (0.5,) * 3, (0.2,) * 3, tfds_name="imagenet2012", streamed=True
+    "small",
+    (SIDE, SIDE, 3),
+    1000,
+    (0.5,) * 3,
+    (0.2,) * 3,
+    tfds_name="imagenet2012",
+    loader="imagenet",
 )
 TRAIN, TEST = 23, 10
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import agd_jax
 import models
-from training.losses import LOSSES
+from training.step import LOSSES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
 # case -> (--arch, its options, relative error allowed in float64)

@@ -10,8 +10,10 @@ import sys
 import jax
 import numpy as np
 
-from training import loop, network, sharding
+import models
+from training import sharding
 from training.config import TrainConfig
+from training.run import load_data, make_feed, make_plan
 
 STEPS = 5
 
@@ -19,17 +21,16 @@ STEPS = 5
 def five_steps(config, devices):
     with jax.enable_x64(config.precision == "f64"):
         mesh = sharding.make_mesh(config, devices)
-        data = loop.load_data(config)
-        plan = loop.build_plan(config, mesh)
-        state = plan.init()
+        plan = make_plan(config, mesh)
+        state = plan.create_train_state()
         starting_weights = [np.asarray(p) for p in jax.tree.leaves(state.params)]
-        run = loop.build_run(config, mesh, data, plan)
-        state, measured = run.train(state, run.no_metrics(), STEPS)
+        feed = make_feed(plan, load_data(config))
+        state, measured = feed.train(state, feed.zero_metrics(), STEPS)
         assert state.step == STEPS
         expected = sharding.of_state(mesh, state)
         kept = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), state, expected)
         assert all(jax.tree.leaves(kept))
-        tested = run.evaluate(state)
+        tested = feed.evaluate(state)
         params = jax.tree.leaves(state.params)
         # What is measured last depends on every step before.
         return {
@@ -48,7 +49,7 @@ def five_steps(config, devices):
 
 def main(arch, precision, *meshes):
     if arch == "resnet18":
-        network.models.create = functools.partial(network.models.create, width=8)
+        models.create = functools.partial(models.create, width=8)
     fields = {"arch": arch, "precision": precision, "test_bs": 40}
     if arch == "fcn":
         fields |= {"depth": 5, "width": 32}

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from input_pipeline import sources
+from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
-from tests.training.test_resuming import RESIDENT, ROOT, same, untimed
-from training import checkpoints, evaluation, export, loop, metrics, saver
-from training.config import ConfigError, TrainConfig
-from training.epochs import NonFiniteError
-from training.loop import train
-from training.workdir import SaveError
+from tests.helpers import ROOT, same, untimed
+from tests.training.test_resuming import RESIDENT
+from training import checkpoints, export, metrics, sharding
+from training import step as steps_of_training
+from training.checkpoints import reading, saving
+from training.config import TrainConfig
+from training.errors import ConfigError, NonFiniteError, SaveError
+from training.records import EpochRecord
+from training.run import evaluate, load_data, make_feed, make_plan, train
 
 FIELDS = RESIDENT | {"save_every": "20steps"}  # 44 steps an epoch
 SIZES = (1437, 360)
@@ -48,7 +51,7 @@ def copied(trained, tmp_path):
 
 
 def best_step(records):
-    return max(records, key=lambda r: r["test_accuracy"])["step"]
+    return max(records, key=lambda r: r.test_accuracy).step
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
@@ -110,8 +113,8 @@ def files_of(checkpoint):
 def test_any_damaged_file_of_the_newest_checkpoint_is_survived(copied, trained, damage, caplog):
     """Some files can be done without; else the checkpoint before is the one to go on from."""
     config = TrainConfig(workdir=copied, **FIELDS).resolved()
-    shapes = loop.build_plan(config, loop.sharding.make_mesh(config)).shapes
-    no_metrics = metrics.no_train_metrics(jnp.float32)
+    shapes = make_plan(config, sharding.make_mesh(config)).abstract_state
+    zero_metrics = metrics.zero_train_metrics(jnp.float32)
     *_, before, newest = (copied / "checkpoints" / str(step) for step in steps(copied))
     pristine, fallbacks = copied.with_name("pristine"), 0
     shutil.copytree(copied, pristine)
@@ -126,15 +129,15 @@ def test_any_damaged_file_of_the_newest_checkpoint_is_survived(copied, trained, 
         caplog.clear()
         with (
             caplog.at_level(logging.WARNING, "training"),
-            saver.Saver(copied, config, SIZES, CLASSES) as saved,
+            saving.Saver(copied, config, SIZES, CLASSES) as saved,
         ):
-            snapshot = saved.restore(shapes, no_metrics)
+            snapshot = saved.restore(shapes, zero_metrics)
         warned = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
         if warned:
             fallbacks += 1
             assert warned[0].startswith(f"{newest}: cannot be read (")
             assert snapshot.step == int(before.name)
-            assert newest.with_name(newest.name + saver.DAMAGED).is_dir()
+            assert newest.with_name(newest.name + saving.DAMAGED).is_dir()
         else:
             assert same(snapshot.state, trained.state), name
             assert snapshot.records == trained.records
@@ -176,13 +179,13 @@ def test_what_no_run_saves_is_damage(copied, trained, changes):
 
 
 def test_another_data_set_of_the_same_name_is_refused(copied, monkeypatch):
-    original = sources.load
+    original = resident.load
 
     def load(*args):
         arrays = original(*args)
-        return arrays._replace(train=sources.Split(*(x[:1000] for x in arrays.train)))
+        return arrays._replace(train=resident.Split(*(x[:1000] for x in arrays.train)))
 
-    monkeypatch.setattr(sources, "load", load)
+    monkeypatch.setattr(resident, "load", load)
     message = "--dataset digits: has 1000 and 360 pictures; .* holds a run on 1437 and 360"
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig(workdir=copied, **FIELDS))
@@ -191,39 +194,33 @@ def test_another_data_set_of_the_same_name_is_refused(copied, monkeypatch):
 def test_a_checkpoint_stays_until_it_is_saved_anew(tmp_path, monkeypatch):
     """One that was saved before its test, and is saved again after it."""
     config = TrainConfig(workdir=tmp_path, **(FIELDS | {"keep": 1})).resolved()
-    with contextlib.closing(
-        loop.build_run(
-            config,
-            mesh := loop.sharding.make_mesh(config),
-            loop.load_data(config),
-            plan := loop.build_plan(config, mesh),
-        )
-    ) as run:
-        state, sums = run.train(plan.init(), run.no_metrics(), 44)
-        untested = checkpoints.Snapshot(44, state, sums, 1.0, [], {})
-        record = dict.fromkeys(checkpoints.RECORD, 0) | {"step": 44}
+    plan = make_plan(config, sharding.make_mesh(config))
+    with contextlib.closing(make_feed(plan, load_data(config))) as feed:
+        state, sums = feed.train(plan.create_train_state(), feed.zero_metrics(), 44)
+        untested = saving.Snapshot(44, state, sums, 1.0, [], {})
+        record = EpochRecord(1, 44, *[0.0] * 10)
         tested = dataclasses.replace(untested, records=[record])
-        with saver.Saver(tmp_path, config, SIZES, CLASSES) as saving:
-            assert saving.restore(plan.shapes, sums) is None
-            saving.save(untested)
-            saving.finish()
+        with saving.Saver(tmp_path, config, SIZES, CLASSES) as saver:
+            assert saver.restore(plan.abstract_state, sums) is None
+            saver.save(untested)
+            saver.finish()
 
             def fail(*args, **kwargs):
                 raise ValueError("disk on fire")
 
             with monkeypatch.context() as patch:
-                patch.setattr(saver.ocp.CheckpointManager, "save", fail)
-                saving.save(tested)
+                patch.setattr(saving.ocp.CheckpointManager, "save", fail)
+                saver.save(tested)
                 with pytest.raises(SaveError, match="disk on fire"):
-                    saving.finish()
+                    saver.finish()
             assert steps(tmp_path) == [44]
-            saving.save(tested)
-            saving.finish()
+            saver.save(tested)
+            saver.finish()
             assert os.listdir(tmp_path / "checkpoints") == ["44"]
             # Killed after it was moved, and before it was saved.
             (tmp_path / "checkpoints" / "44").rename(tmp_path / "checkpoints" / "44.untested")
-        with saver.Saver(tmp_path, config, SIZES, CLASSES) as saving:
-            assert saving.restore(plan.shapes, sums).records == [record]
+        with saving.Saver(tmp_path, config, SIZES, CLASSES) as saver:
+            assert saver.restore(plan.abstract_state, sums).records == [record]
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_trained(copied):
@@ -240,8 +237,8 @@ def test_when_no_checkpoint_can_be_read_nothing_is_trained(copied):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"width": "16"}, "has width='16', which is no flag"),
-        ({"optimiser": "adam"}, "has optimiser='adam', which is no flag"),
+        ({"width": "16"}, "has width='16', which is unknown or of another type"),
+        ({"optimiser": "adam"}, "has optimiser='adam', which is unknown or of another type"),
         ({"arch": "os.system"}, "--arch os.system: unknown"),
     ],
 )
@@ -258,26 +255,26 @@ def test_a_saved_config_that_is_none_is_said(copied, config, message):
 def test_a_loaded_network_scores_what_the_run_says(copied, trained, which):
     model, config = checkpoints.load(copied, which)
     assert (config.arch, config.width) == ("fcn", 16)
-    test = sources.load(SPECS["digits"]).test
+    test = resident.load(SPECS["digits"]).test
     logits = model(normalise(SPECS["digits"], jnp.asarray(test.images), jnp.float32))
     accuracy = np.mean(np.argmax(logits, axis=1) == test.labels)
-    records = {r["step"]: r for r in trained.records}
-    step = best_step(trained.records) if which == "best" else trained.records[-1]["step"]
-    assert accuracy == pytest.approx(records[step]["test_accuracy"], abs=1e-6)
+    records = {r.step: r for r in trained.records}
+    step = best_step(trained.records) if which == "best" else trained.records[-1].step
+    assert accuracy == pytest.approx(records[step].test_accuracy, abs=1e-6)
 
 
 def test_evaluation_finds_what_training_found(copied, trained):
-    records = {r["step"]: r for r in trained.records}
-    best, last = evaluation.evaluate(TrainConfig(workdir=copied, platform="cpu", test_bs=100))
+    records = {r.step: r for r in trained.records}
+    best, last = evaluate(TrainConfig(workdir=copied, platform="cpu", test_bs=100))
     assert best.step == best_step(trained.records)
-    assert last.step == trained.records[-1]["step"]
+    assert last.step == trained.records[-1].step
     for tested in (best, last):
         record = records[tested.step]
-        assert tested.epochs == record["epoch"]
-        assert tested.loss == pytest.approx(record["test_loss"], rel=1e-6)
-        assert tested.accuracy == pytest.approx(record["test_accuracy"], abs=1e-6)
+        assert tested.epochs == record.epoch
+        assert tested.loss == pytest.approx(record.test_loss, rel=1e-6)
+        assert tested.accuracy == pytest.approx(record.test_accuracy, abs=1e-6)
     with pytest.raises(ConfigError, match=r"--width 17: .* --width 16"):
-        evaluation.evaluate(TrainConfig(workdir=copied, width=17))
+        evaluate(TrainConfig(workdir=copied, width=17))
 
 
 @pytest.mark.slow
@@ -285,19 +282,17 @@ def test_evaluation_of_what_has_running_averages(tmp_path):
     fields = {"arch": "resnet18", "dataset": "synthetic_imagenet", "image_size": 16}
     fields |= {"train_bs": 2, "test_bs": 2, "epochs": 1, "platform": "cpu"}
     config = TrainConfig(workdir=tmp_path, **fields).resolved()
-    mesh = loop.sharding.make_mesh(config)
-    plan = loop.build_plan(config, mesh)
-    data = loop.load_data(config)
-    with contextlib.closing(loop.build_run(config, mesh, data, plan)) as run:
-        state, sums = run.train(plan.init(), run.no_metrics(), 3)
-        with saver.Saver(tmp_path, config, SIZES, CLASSES) as saving:
-            saving.save(checkpoints.Snapshot(3, state, sums, 1.0, [], run.position()))
+    plan = make_plan(config, sharding.make_mesh(config))
+    with contextlib.closing(make_feed(plan, load_data(config))) as feed:
+        state, sums = feed.train(plan.create_train_state(), feed.zero_metrics(), 3)
+        with saving.Saver(tmp_path, config, SIZES, CLASSES) as saver:
+            saver.save(saving.Snapshot(3, state, sums, 1.0, [], feed.iterator_state()))
     model, _ = checkpoints.load(tmp_path)
     images = jnp.ones((2, 16, 16, 3))
     expected = nnx.merge(plan.graphdef, state.params, state.batch_stats)
     expected.eval()
     np.testing.assert_array_equal(model(images), expected(images))
-    assert not same(state.batch_stats, plan.init().batch_stats)
+    assert not same(state.batch_stats, plan.create_train_state().batch_stats)
 
 
 def test_export_is_every_parameter_and_average(copied, tmp_path):
@@ -354,7 +349,7 @@ def test_a_checkpoint_from_before_classes_were_saved_is_read(copied):
         run = json.loads(path.read_text())
         del run["classes"]
         path.write_text(json.dumps(run))
-    assert checkpoints.load_all(copied).classes == []
+    assert reading.load_all(copied).classes == []
 
 
 def test_what_is_damaged_is_said_once_and_in_words(copied, caplog):
@@ -362,7 +357,7 @@ def test_what_is_damaged_is_said_once_and_in_words(copied, caplog):
     manifest = copied / "checkpoints" / str(newest) / "model" / "manifest.ocdbt"
     manifest.write_bytes(b"x")
     shutil.rmtree(manifest.parent / "ocdbt.process_0")
-    evaluation.evaluate(TrainConfig(workdir=copied, platform="cpu"))
+    evaluate(TrainConfig(workdir=copied, platform="cpu"))
     (warning,) = (m for m in caplog.messages if "cannot be read" in m)
     assert "tensorstore_spec" not in warning
     assert re.search(r"manifest\.ocdbt\": Error decoding manifest: [\w ():]+\)$", warning)
@@ -379,7 +374,7 @@ def test_loading_needs_no_agd_jax(copied):
 RESUME_AND_WATCH = """
 import sys
 from pathlib import Path
-from training import checkpoints, loop
+from training import checkpoints, run
 from training.config import TrainConfig
 
 config = TrainConfig(workdir=Path(sys.argv[1]), epochs=5, depth=3, width=16, train_bs=32)
@@ -391,7 +386,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 checkpoints.load(config.workdir)
-assert len(loop.train(config).records) == config.epochs
+assert len(run.train(config).records) == config.epochs
 assert "open" in seen and not found, found
 """
 
@@ -401,14 +396,14 @@ def test_nothing_of_a_workdir_is_unpickled(copied):
 
 
 def test_a_bad_step_is_never_saved(tmp_path, monkeypatch):
-    original = loop.step.train_step
+    original = steps_of_training.train_step
 
     def train_step(*args):
         state, measured = original(*args)
         bad = jnp.where(state.step == 50, jnp.inf, measured.gradient_summary)
         return state, measured._replace(gradient_summary=bad)
 
-    monkeypatch.setattr(loop.step, "train_step", train_step)
+    monkeypatch.setattr(steps_of_training, "train_step", train_step)
     good = tmp_path / "checkpoints" / "44"
     message = (
         r"^the gradient summary was inf at step 50 \(epoch 2\), after an eta of 0\.\d+; "

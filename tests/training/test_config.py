@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
+from training.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -12,6 +13,11 @@ from training.config import ConfigError, TrainConfig
     [
         ({"arch": "resnext"}, r"--arch resnext: unknown; choose from .*fcn"),
         ({"dataset": "svhn"}, r"--dataset svhn: unknown; choose from digits, mnist, cifar10"),
+        ({"loss": ""}, r"--loss : unknown; choose from mse, xent"),
+        (
+            {"dataset": "synthetic_imagenet", "workers": 3},
+            r"--workers 3: is for imagenet, not for synthetic_imagenet",
+        ),
         ({"loss": "hinge"}, r"--loss hinge: unknown; choose from mse, xent"),
         ({"platform": "npu"}, r"--platform npu: unknown; choose from cpu, gpu, tpu"),
         ({"precision": "f8"}, r"--precision f8: unknown; choose from f32, bf16, f64"),
@@ -31,7 +37,7 @@ from training.config import ConfigError, TrainConfig
         ({"save_every": "0min"}, r"--save_every 0min: give minutes or steps"),
         ({"keep": 0}, r"--keep 0: must be at least 1"),
         ({"restart": True}, r"--restart: give the --workdir of the run that is to begin afresh"),
-        ({"dataset": "mnist", "workers": 0}, r"--workers 0: is for imagenet and .*not for mnist"),
+        ({"dataset": "mnist", "workers": 0}, r"--workers 0: is for imagenet, not for mnist"),
         ({"mesh": "data"}, r"--mesh data: give sizes for some of data, fsdp, model"),
         ({"mesh": "rows=2"}, r"--mesh rows=2: give sizes"),
         ({"mesh": "data=2,data=2"}, r"--mesh data=2,data=2: give sizes for .* each once"),
@@ -83,6 +89,27 @@ def test_json_and_back():
     config = TrainConfig(workdir=Path("runs/a"), gain=2, restart=True, image_size=None)
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert TrainConfig.from_json({}) == TrainConfig()
+
+
+def test_a_config_of_before_depth_was_of_fcn_alone_is_read():
+    old = TrainConfig(arch="resnet18").to_json() | {"depth": 10, "width": 256}
+    config = TrainConfig.from_json(old).resolved()
+    config.check_same_run(TrainConfig(arch="resnet18").resolved())
+    with pytest.raises(ConfigError, match=r"--depth 10: .* holds a run without --depth; give that"):
+        TrainConfig(depth=10).check_same_run(config, ["depth"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "--eval_only: give the --workdir of the run that is meant"),
+        ({"restart": True}, "--restart: would leave --eval_only nothing to test"),
+    ],
+)
+def test_what_an_evaluation_cannot_follow_is_refused(fields, message):
+    workdir = Path("run") if fields else None
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        TrainConfig(workdir=workdir, **fields).to_evaluate()
 
 
 def test_what_is_saved_by_minutes_or_by_steps():

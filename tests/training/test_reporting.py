@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -7,18 +8,17 @@ import struct
 import pytest
 from PIL import Image
 
-from training import curves
 from training.config import TrainConfig
-from training.reporting import CurvesDrawer, Reporter
-from training.workdir import SaveError
+from training.errors import SaveError
+from training.records import EpochRecord
+from training.reporting import curves
+from training.reporting.reporter import CurvesDrawer, Reporter
 
-COUNTS = ["epoch", "step", "seconds", "images_per_second"]
-AVERAGES = ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "gradient_summary"]
-FIELDS = [*COUNTS, *AVERAGES, "eta", "eta_min", "eta_max"]
+FIELDS = [field.name for field in dataclasses.fields(EpochRecord) if field.name != "unreadable"]
 
 
 def record(epoch):
-    return dict.fromkeys(FIELDS, 0.5) | {"epoch": epoch, "step": 10 * epoch}
+    return EpochRecord(epoch, 10 * epoch, *[0.5] * 10)
 
 
 def new_reporter(tmp_path):
@@ -47,7 +47,7 @@ def test_a_run_leaves_config_metrics_events_and_curves(tmp_path):
             assert len(lines) == epoch
     folder = tmp_path
     assert json.loads((folder / "config.json").read_text())["arch"] == "fcn"
-    assert [json.loads(line) for line in lines] == [record(1), record(2)]
+    assert [json.loads(line) for line in lines] == [record(1).to_json(), record(2).to_json()]
     assert Image.open(folder / "curves.png").size == (1320, 396)
     (events,) = folder.glob("events.out.tfevents.*")
     expected = {(name, 10 * epoch) for name in FIELDS for epoch in (1, 2)}

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from training import sharding
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
+from training.errors import ConfigError
 
 MESHES = ("data=8", "fsdp=8", "data=2,fsdp=2,model=2", "data=4,model=2")
 TOLERANCE = {"f32": 1e-5, "f64": 1e-10}

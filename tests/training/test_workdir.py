@@ -3,7 +3,8 @@ import os
 import pytest
 
 from training import workdir
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
+from training.errors import ConfigError
 
 
 def test_the_default_names_data_set_arch_and_time_and_is_fresh(tmp_path, monkeypatch):

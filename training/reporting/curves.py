@@ -1,33 +1,39 @@
 """The picture of a run: loss, accuracy and the automatic learning rate."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from training.records import EpochRecord
 
 TRAIN, TEST, ETA = "#7a8ba3", "#c8452f", "#2f6f5e"
 
 
-def draw(records: list[dict], title: str, path: Path) -> None:
+def draw(records: Sequence[EpochRecord], title: str, path: Path) -> None:
     """Draws the records of ``metrics.jsonl``, replacing the picture at once or not at all."""
     # Fixed margins: finding them anew would take as long as all the rest.
     margins = {"left": 0.04, "right": 0.985, "bottom": 0.14, "top": 0.82, "wspace": 0.16}
     figure = Figure(figsize=(12, 3.6), dpi=110)
     loss, accuracy, eta = figure.subplots(1, 3, gridspec_kw=margins)
-    epochs, single = [r["epoch"] for r in records], len(records) == 1
+    epochs, single = [r.epoch for r in records], len(records) == 1
 
-    def line(axes, name, color, label):
+    def line(axes: Axes, name: str, color: str, label: str) -> None:
         # A line of one point cannot be seen, nor an area of one.
         marker = "o" if single else None
-        axes.plot(epochs, [r[name] for r in records], color=color, label=label, marker=marker)
+        axes.plot(
+            epochs, [getattr(r, name) for r in records], color=color, label=label, marker=marker
+        )
 
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         line(axes, f"train_{name}", TRAIN, "training")
         line(axes, f"test_{name}", TEST, "test")
         axes.set_title(name.capitalize())
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    low, high = ([r[name] for r in records] for name in ("eta_min", "eta_max"))
+    low, high = ([getattr(r, name) for r in records] for name in ("eta_min", "eta_max"))
     spread = {"color": ETA, "alpha": 0.2, "label": "range in epoch"}
     if single:
         eta.vlines(epochs, low, high, linewidth=8, **spread)

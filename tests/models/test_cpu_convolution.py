@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import convolution
-from models.convolution import FORMS, Window, convolve, form_of
+from models import cpu_convolution
+from models.cpu_convolution import FORMS, Window, convolve, form_of
 
 # (height, width), kernel, stride, padding
 SHAPES = [
@@ -100,7 +100,7 @@ def ours(window):
 
 
 def native(window):
-    return lambda x, k: convolution.native_output(x, k, window)
+    return lambda x, k: cpu_convolution.native_output(x, k, window)
 
 
 def with_gradients(function):

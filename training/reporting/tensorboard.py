@@ -8,6 +8,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from training.records import EpochRecord
+
 
 class EventFile:
     """One ``events.out.tfevents.*`` in a workdir."""
@@ -28,14 +30,16 @@ class EventFile:
         self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
         self._writer.flush()
 
-    def write(self, record: dict) -> None:
+    def write(self, record: EpochRecord) -> None:
         """Adds the numbers of an epoch's record, at its step.
 
         Raises:
           OSError: if it cannot be written.
         """
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items()]
-        event = Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
+        values = [
+            Summary.Value(tag=name, simple_value=value) for name, value in record.to_json().items()
+        ]
+        event = Event(wall_time=time.time(), step=record.step, summary=Summary(value=values))
         self._writer.write_event(event)
         self._writer.flush()
 

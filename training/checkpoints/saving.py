@@ -18,20 +18,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from training import metrics, processes
-from training.checkpoints import (
-    Snapshot,
-    best_step,
-    config_of,
+from training import multihost
+from training.checkpoints.reading import (
+    Items,
+    RunItem,
     folder_of,
     newest_readable,
     one_line,
     read_items,
     reading,
 )
-from training.config import ConfigError, TrainConfig
+from training.config import TrainConfig
+from training.errors import ConfigError, SaveError
 from training.metrics import TrainMetrics
-from training.workdir import SaveError, unused
+from training.records import EpochRecord, best, best_step
+from training.workdir import unused
 
 if TYPE_CHECKING:
     from training.state import TrainState
@@ -49,6 +50,27 @@ DAMAGED = ".damaged"
 UNTESTED = ".untested"
 
 
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A run between two steps.
+
+    Attributes:
+      step: the number of steps taken.
+      state: the training state after them.
+      sums: the metrics of the epoch under way.
+      seconds: how long that epoch has been trained.
+      records: the epochs before it.
+      iterator_state: the place in the training data, as JSON has it.
+    """
+
+    step: int
+    state: TrainState
+    sums: TrainMetrics
+    seconds: float
+    records: list[EpochRecord]
+    iterator_state: dict[str, Any]
+
+
 class Saver:
     """The checkpoints of a run, saved while it goes on; a context manager around it.
 
@@ -62,10 +84,10 @@ class Saver:
         """Opens the folder, which is made if it is not there.
 
         Args:
-          workdir: of the run.
-          config: of the run, resolved.
-          sizes: of the training and the test set.
-          classes: their names, in the order of the labels.
+          workdir: the folder of the run.
+          config: the config of the run, resolved.
+          sizes: the sizes of the training and the test set.
+          classes: the names of the classes, in the order of the labels.
         """
         self._folder = folder_of(workdir)
         self._config, self._sizes, self._classes = config, sizes, classes
@@ -87,7 +109,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # To save takes all processes, of which only this one may have failed.
         if kind is None or jax.process_count() == 1:
             self.last_good()
@@ -99,28 +121,30 @@ class Saver:
         Those that are newer and cannot are named, and called ``*.damaged`` from then on.
 
         Args:
-          state: the shapes of one, with shardings.
-          sums: the same of its metrics.
+          state: the shapes of the training state, with shardings.
+          sums: the metrics of no step, which have the shapes of those that were saved.
 
         Raises:
           ConfigError: if it is of another run, or none can be read.
         """
-        like = {
+        target = {
             "model": {"params": state.params, "batch_stats": state.batch_stats},
             "training": {"step": state.step, "opt_state": state.opt_state, "sums": sums},
         }
         if jax.process_count() == 1:
-            found = self._newest(like)
+            found = self._newest(target)
         else:
             # One looks for all: the others would wait for one that fails to read.
-            on_host = jax.tree.map(lambda x: np.broadcast_to(np.zeros([], x.dtype), x.shape), like)
+            on_host = jax.tree.map(
+                lambda x: np.broadcast_to(np.zeros([], x.dtype), x.shape), target
+            )
             look = lambda: str((self._newest(on_host) or ("",))[0])
-            step = processes.decide(look)
+            newest = multihost.broadcast_from_primary(look)
             with reading(self._folder) as reader:
-                found = (int(step), *read_items(reader, int(step), like)) if step else None
+                found = (int(newest), read_items(reader, int(newest), target)) if newest else None
         if found is None:
             return None
-        step, run, arrays = found
+        step, (run, arrays) = found
         # Orbax shares memory with what it has read, which buffers that are donated must not.
         arrays = _copy(arrays)
         training = arrays["training"]
@@ -130,28 +154,26 @@ class Saver:
         # Some may have been set aside.
         self._manager.close()
         self._manager = self._open()
-        return Snapshot(
-            step, state, training["sums"], run["seconds"], run["records"], run["position"]
-        )
+        return Snapshot(step, state, training["sums"], run.seconds, run.records, run.position)
 
-    def _newest(self, like: dict) -> tuple[int, dict, dict] | None:
+    def _newest(self, target: dict[str, Any]) -> tuple[int, Items] | None:
         """Reads the newest checkpoint that can be read; in one process."""
 
-        def read(step: int) -> tuple[dict, dict]:
+        def read(step: int) -> Items:
             run, _ = read_items(reader, step, {})
-            self._config.check_same_run(config_of(run))
-            if tuple(run["sizes"]) != self._sizes:
+            self._config.check_same_run(run.resolved_config())
+            if tuple(run.sizes) != self._sizes:
                 raise ConfigError(
                     f"--dataset {self._config.dataset}: has {' and '.join(map(str, self._sizes))} "
                     f"pictures; {self._config.workdir} holds a run on "
-                    f"{' and '.join(map(str, run['sizes']))}"
+                    f"{' and '.join(map(str, run.sizes))}"
                 )
-            return read_items(reader, step, like)
+            return read_items(reader, step, target)
 
         self._put_back()
         with reading(self._folder) as reader:
-            step, found, damaged = newest_readable(reader, read)
-        if damaged and step is None:
+            found, damaged = newest_readable(reader, read)
+        if damaged and found is None:
             raise ConfigError(
                 f"--workdir {self._config.workdir}: none of its checkpoints can be read; --restart "
                 "begins afresh, and sets them aside"
@@ -159,7 +181,7 @@ class Saver:
         for number in damaged:
             path = self._folder / str(number)
             path.rename(unused(path.with_name(path.name + DAMAGED)))
-        return None if step is None else (step, *found)
+        return found
 
     def next_step(self, step: int) -> float:
         """The next step after this one at which ``--save_every`` asks to save."""
@@ -182,7 +204,7 @@ class Saver:
 
     def save(self, snapshot: Snapshot) -> None:
         """Begins to save, and returns when the state may be donated."""
-        if snapshot.records and metrics.best(snapshot.records)["step"] == snapshot.step:
+        if snapshot.records and best(snapshot.records).step == snapshot.step:
             # What is held has been surpassed.
             self._held = None
         self._write_held()
@@ -195,6 +217,10 @@ class Saver:
         self._wait()
         step = self._manager.latest_step()
         return None if step is None else self._folder / str(step)
+
+    def path_of(self, step: int) -> Path:
+        """The folder of a checkpoint."""
+        return self._folder / str(step)
 
     def finish(self) -> None:
         """Waits for the last save.
@@ -214,22 +240,22 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         self._wait()
         step, state = snapshot.step, snapshot.state
-        run = {
-            "config": self._config.to_json(),
-            "records": snapshot.records,
-            "seconds": snapshot.seconds,
-            "position": snapshot.position,
-            "sizes": self._sizes,
-            "classes": self._classes,
-        }
+        run = RunItem(
+            self._config.to_json(),
+            snapshot.records,
+            snapshot.seconds,
+            snapshot.iterator_state,
+            list(self._sizes),
+            list(self._classes),
+        )
         training = {"step": state.step, "opt_state": state.opt_state, "sums": snapshot.sums}
         items = ocp.args.Composite(
             model=ocp.args.StandardSave({"params": state.params, "batch_stats": state.batch_stats}),
             training=ocp.args.StandardSave(training),
-            run=ocp.args.JsonSave(run),
+            run=ocp.args.JsonSave(run.to_json()),
         )
         self._failure = None
-        if lack := processes.decide(lambda: _lack_of_space(self._folder, items)):
+        if lack := multihost.broadcast_from_primary(lambda: _lack_of_space(self._folder, items)):
             self._failed(lack)
             return
         steps = {*self._manager.all_steps()}
@@ -238,12 +264,12 @@ class Saver:
         try:
             if again:
                 # It was saved before it was tested, and stays until it is saved anew.
-                processes.decide(lambda: _move(self._folder / str(step), UNTESTED))
+                multihost.broadcast_from_primary(lambda: _move(self._folder / str(step), UNTESTED))
                 self._manager.reload()
             self._manager.save(step, args=items)
             if again:
                 self._manager.wait_until_finished()
-                processes.decide(self._put_back)
+                multihost.broadcast_from_primary(self._put_back)
         except Exception as error:  # Orbax and TensorStore have many for a full disk.
             self._failed_here(error)
 
@@ -278,13 +304,13 @@ class Saver:
 
 
 @dataclasses.dataclass
-class _LatestAndBest(preservation_policy.PreservationPolicy):
+class _LatestAndBest(preservation_policy.PreservationPolicy):  # type: ignore[misc]
     """Which checkpoints stay: so many of the newest, and that of the best epoch, a step."""
 
     keep: int
     best: int | None = None
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> Any:
         newest = preservation_policy.LatestN(self.keep)
         best = preservation_policy.CustomSteps([self.best])
         both = preservation_policy.AnyPreservationPolicy([newest, best])

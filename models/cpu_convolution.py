@@ -1,26 +1,28 @@
-"""One convolution: XLA's own wherever it is lowered for an accelerator, and on a CPU what is quick.
+"""A convolution: XLA's own on an accelerator, and the quickest of three forms on a CPU.
 
-XLA's convolutions for CPUs use one thread where a map is narrow, spend a hundred times too long on
-maps of 2x2, and twice as long as a matrix product for the gradient of a kernel. Its matrix
-products, though, run at the machine's peak. So on a CPU the output, the gradient of the input and
-that of the kernel are each computed in one of three forms:
+On a CPU, XLA's convolutions use one thread where a map is narrow. They take a hundred times too
+long on maps of 2x2, and the gradient of a kernel takes twice as long as a matrix product. XLA's
+matrix products, though, run at the machine's peak. So on a CPU the output, the gradient of the
+input and the gradient of the kernel are each computed in one of three forms:
 
 - ``native``: :func:`jax.lax.conv_general_dilated` and its gradients;
 - ``taps``: one matrix product for each of the kernel's taps, over the pixels that meet it;
-- ``winograd``: F(2x2, 3x3) of Lavin and Gray, arXiv:1509.09308: of each 4x4 tile of the input and
-  the 3x3 kernel, 16 linear combinations, 16 matrix products of those, and four combinations of
-  the products for each 2x2 tile of the output: 4 multiplications for a pixel in the place of 9.
+- ``winograd``: F(2x2, 3x3) of Lavin and Gray, arXiv:1509.09308. It forms 16 linear combinations
+  of each 4x4 tile of the input and 16 of the 3x3 kernel, multiplies them in 16 matrix products,
+  and combines these into the four pixels of each 2x2 tile of the output. That is 4
+  multiplications for a pixel instead of 9.
 
-Which one is a function of the shapes, :func:`form_of`, that was chosen by measuring them,
-with ``benchmarks/convolution.py``. Arrays are ``(batch, height, width, channels)`` and kernels
-``(height, width, inputs, outputs)``, of any floating dtype, in which the result is too.
+:func:`form_of` chooses the form by the shapes, from measurements by
+``benchmarks/convolution.py``. Arrays are ``(batch, height, width, channels)`` and kernels
+``(height, width, inputs, outputs)``, of any floating dtype. The result has the same dtype.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,25 +32,25 @@ from jax import lax
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
-# F(2x2, 3x3): a tile is mapped by INPUT, a kernel by KERNEL, and their product by OUTPUT.
+# F(2x2, 3x3): INPUT maps a tile, KERNEL maps a kernel, and OUTPUT maps their product.
 INPUT = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 KERNEL = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))
 
-# Fewer channels than this, of a picture, are too few for a matrix product.
+# Fewer channels than this, such as those of an image, are too few for a matrix product.
 NARROW = 16
 # Up to this height and width, a map is so small that XLA's strided convolutions are slow.
 SMALL = 8
 
 
 class Window(NamedTuple):
-    """How a kernel moves over a map: the same in both directions, and padding on all sides."""
+    """How a kernel moves over a map: the stride of both directions and the padding of all sides."""
 
     stride: int
     padding: int
 
     def size(self, map_size: int, kernel_size: int) -> int:
-        """The size of the output's map."""
+        """Returns the size of the output's map."""
         return (map_size + 2 * self.padding - kernel_size) // self.stride + 1
 
 
@@ -60,31 +62,37 @@ def convolve(
     Args:
       x: ``(batch, height, width, inputs)``.
       kernel: ``(kernel height, kernel width, inputs, outputs)``, of the same dtype.
-      strides: of both directions, which must be equal.
-      padding: zeros before and after, in both directions, which must all be equal.
+      strides: the strides in both directions, which must be equal.
+      padding: the zeros before and after, in both directions, which must all be equal.
 
     Returns:
       ``(batch, height', width', outputs)``.
     """
     (stride,), (pad,) = set(strides), set(itertools.chain(*padding))
-    return _convolve(x, kernel, Window(stride, pad))
+    y: jax.Array = _convolve(x, kernel, Window(stride, pad))
+    return y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    return lax.platform_dependent(
+    y: jax.Array = lax.platform_dependent(
         x,
         kernel,
         cpu=_quickest("output", x, kernel, window),
         default=functools.partial(native_output, window=window),
     )
+    return y
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array, window: Window):
+def _convolve_forward(
+    x: jax.Array, kernel: jax.Array, window: Window
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _convolve(x, kernel, window), (x, kernel)
 
 
-def _convolve_backward(window: Window, kept: tuple[jax.Array, jax.Array], dy: jax.Array):
+def _convolve_backward(
+    window: Window, kept: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     return (
         lax.platform_dependent(
@@ -108,13 +116,13 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def form_of(what: str, map_size: Sequence[int], kernel_shape: Sequence[int], window: Window) -> str:
-    """Which form is the quickest on a CPU, as ``benchmarks/convolution.py`` measured them.
+    """Returns the quickest form on a CPU, as ``benchmarks/convolution.py`` measured them.
 
     Args:
-      what: ``output``, or of what the gradient is: ``input`` or ``kernel``.
-      map_size: height and width of the input.
-      kernel_shape: of all four axes.
-      window: how it moves.
+      what: ``output``, or the argument of the gradient: ``input`` or ``kernel``.
+      map_size: the height and width of the input.
+      kernel_shape: the kernel's shape, with all four axes.
+      window: how the kernel moves.
     """
     height, width, *channels = kernel_shape
     if min(channels) < NARROW:
@@ -126,7 +134,9 @@ def form_of(what: str, map_size: Sequence[int], kernel_shape: Sequence[int], win
     return "native" if what != "kernel" and max(map_size) > SMALL else "taps"
 
 
-def _quickest(what: str, x: jax.Array, kernel: jax.Array, window: Window):
+def _quickest(
+    what: str, x: jax.Array, kernel: jax.Array, window: Window
+) -> Callable[..., jax.Array]:
     form = form_of(what, x.shape[1:3], kernel.shape, window)
     return functools.partial(FORMS[what][form], window=window)
 
@@ -135,26 +145,26 @@ def _quickest(what: str, x: jax.Array, kernel: jax.Array, window: Window):
 
 
 def native_output(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """What XLA has."""
+    """Returns XLA's own convolution."""
     stride, padding = (window.stride,) * 2, ((window.padding,) * 2,) * 2
     return lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=DIMENSIONS)
 
 
 def taps_output(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """The sum, over the kernel's taps, of the products with the pixels that each one meets."""
-    y = 0
+    """Sums, over the kernel's taps, the products with the pixels that each one meets."""
+    y = zero = jnp.zeros((), x.dtype)
     for tap in taps(x.shape[1:3], kernel.shape[:2], window):
-        y = y + lax.pad(tap.of_input(x) @ kernel[tap.place], jnp.zeros((), x.dtype), tap.around)
+        y = y + lax.pad(tap.of_input(x) @ kernel[tap.place], zero, tap.around)
     return y
 
 
 def winograd_output(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """By 2x2 tiles of the output."""
+    """Computes the output by 2x2 tiles."""
     return _winograd(x, kernel, window, inputs=0)
 
 
 def _winograd(x: jax.Array, kernel: jax.Array, window: Window, inputs: int) -> jax.Array:
-    """The axis of the inputs is 0 or 1 of each tap's matrix: transposing 16 of them is slow."""
+    """Takes axis 0 or 1 of each tap's matrix as the inputs: transposing 16 of them is slow."""
     height, width = (window.size(n, 3) for n in x.shape[1:3])
     tiles, mapped = input_tiles(x, window), _map2(KERNEL, list(map(list, kernel)))
     products = [_products(*pair, (2, inputs + 1)) for pair in zip(tiles, mapped, strict=True)]
@@ -170,25 +180,25 @@ def _winograd(x: jax.Array, kernel: jax.Array, window: Window, inputs: int) -> j
 def native_input_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
-    """What XLA has; only the shape of ``x`` counts."""
-    return jax.vjp(lambda x: native_output(x, kernel, window), x)[1](dy)[0]
+    """Returns XLA's own gradient. Only the shape of ``x`` matters."""
+    dx: jax.Array = jax.vjp(lambda x: native_output(x, kernel, window), x)[1](dy)[0]
+    return dx
 
 
 def taps_input_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
-    """What each tap hands back to the pixels that it met."""
-    dx = 0
+    """Sums what each tap passes back to the pixels that it met."""
+    dx = zero = jnp.zeros((), dy.dtype)
     for tap in taps(x.shape[1:3], kernel.shape[:2], window):
-        product = tap.of_output(dy) @ kernel[tap.place].T
-        dx = dx + lax.pad(product, jnp.zeros((), dy.dtype), tap.spread)
+        dx = dx + lax.pad(tap.of_output(dy) @ kernel[tap.place].T, zero, tap.spread)
     return dx
 
 
 def winograd_input_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
-    """The convolution of the gradient with the kernel turned by half a turn."""
+    """Convolves the gradient with the kernel rotated by half a turn."""
     return _winograd(dy, kernel[::-1, ::-1], Window(1, 2 - window.padding), inputs=1)
 
 
@@ -198,14 +208,15 @@ def winograd_input_gradient(
 def native_kernel_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
-    """What XLA has; only the shape of ``kernel`` counts."""
-    return jax.vjp(lambda kernel: native_output(x, kernel, window), kernel)[1](dy)[0]
+    """Returns XLA's own gradient. Only the shape of ``kernel`` matters."""
+    dk: jax.Array = jax.vjp(lambda kernel: native_output(x, kernel, window), kernel)[1](dy)[0]
+    return dk
 
 
 def taps_kernel_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
-    """For each tap, the products of the pixels that it met with what became of them."""
+    """Multiplies, for each tap, the input pixels that it met by the gradients of its outputs."""
     found = [
         _over_pixels(tap.of_input(x), tap.of_output(dy))
         for tap in taps(x.shape[1:3], kernel.shape[:2], window)
@@ -216,7 +227,7 @@ def taps_kernel_gradient(
 def winograd_kernel_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
-    """The transpose of :func:`winograd_output`, which is linear in the kernel."""
+    """Returns the transpose of :func:`winograd_output`, which is linear in the kernel."""
     tiles = input_tiles(x, window)
     rows, columns = tiles[0].shape[2:4]
     dy = lax.optimization_barrier(_pad_to(dy, 2 * rows, 2 * columns))
@@ -226,39 +237,39 @@ def winograd_kernel_gradient(
     return jnp.stack(_map2(_transposed(KERNEL), list(map(list, products))))
 
 
-# What they share.
+# Shared by the forms.
 
 
 class Tap(NamedTuple):
     """One tap of a kernel, and the pixels that meet it.
 
     Attributes:
-      place: in the kernel.
-      inputs: for both directions, ``(start, stop, step)`` of the pixels of the input.
-      outputs: likewise of the output, with steps of 1.
-      around: the configuration of :func:`jax.lax.pad` that puts those back into a whole output.
-      spread: that which puts the pixels of the input back into a whole input.
+      place: the tap's row and column in the kernel.
+      inputs: the pixels of the input, as ``(start, stop, step)`` for both directions.
+      outputs: the pixels of the output, likewise, with steps of 1.
+      around: the configuration of :func:`jax.lax.pad` that puts ``outputs`` into a whole output.
+      spread: the configuration that puts ``inputs`` into a whole input.
     """
 
-    place: tuple[int, int]
+    place: tuple[int, ...]
     inputs: tuple[tuple[int, int, int], ...]
     outputs: tuple[tuple[int, int, int], ...]
     around: tuple[tuple[int, int, int], ...]
     spread: tuple[tuple[int, int, int], ...]
 
     def of_input(self, x: jax.Array) -> jax.Array:
-        """The pixels of the input that meet it."""
+        """Returns the pixels of the input that meet the tap."""
         rows, columns = self.inputs
         return x[:, slice(*rows), slice(*columns)]
 
     def of_output(self, y: jax.Array) -> jax.Array:
-        """The pixels of the output that they become."""
+        """Returns the pixels of the output to which they contribute."""
         rows, columns = self.outputs
         return y[:, slice(*rows), slice(*columns)]
 
 
 def taps(map_size: Sequence[int], kernel_size: Sequence[int], window: Window) -> Iterator[Tap]:
-    """The taps of a kernel, row by row."""
+    """Yields the taps of a kernel, row by row."""
     for place in itertools.product(*map(range, kernel_size)):
         inputs, outputs, around, spread = [], [], [(0, 0, 0)], [(0, 0, 0)]
         for at, size, taps in zip(place, map_size, kernel_size, strict=True):
@@ -276,10 +287,10 @@ def taps(map_size: Sequence[int], kernel_size: Sequence[int], window: Window) ->
 
 
 def input_tiles(x: jax.Array, window: Window) -> list[jax.Array]:
-    """The mapped 4x4 tiles of the input: 4 arrays ``(4, batch, tile rows, columns, inputs)``."""
+    """Returns the mapped 4x4 tiles: 4 arrays ``(4, batch, tile rows, tile columns, inputs)``."""
     rows, columns = (-(-window.size(n, 3) // 2) for n in x.shape[1:3])
     x = _pad_to(x, 2 * rows + 2, 2 * columns + 2, before=window.padding)
-    # Without the barrier whatever made x is fused into each of the four, and done many times.
+    # Without the barrier, XLA fuses the computation of x into each of the four and repeats it.
     x = lax.optimization_barrier(x)
     pixels = [
         [x[:, i : i + 2 * rows : 2, j : j + 2 * columns : 2] for j in range(4)] for i in range(4)
@@ -290,32 +301,34 @@ def input_tiles(x: jax.Array, window: Window) -> list[jax.Array]:
 def _map2(
     matrix: Sequence[Sequence[float]], grid: list[list[jax.Array]], axis: int = 0
 ) -> list[jax.Array]:
-    """``matrix @ grid @ matrix.T`` for a grid of arrays.
+    """Computes ``matrix @ grid @ matrix.T`` for a grid of arrays.
 
     Returns:
-      Its rows, in each of which a new axis counts the columns. 16 arrays by themselves would be
-      a little quicker, but as many loops to compile for each use of this.
+      The rows, each with a new axis for the columns. Sixteen separate arrays would be a little
+      quicker, but each use would then have sixteen loops to compile.
     """
     rows = [[_combine(weights, column) for column in zip(*grid, strict=True)] for weights in matrix]
     return [_mix(matrix, row, axis) for row in rows]
 
 
 def _combine(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
-    return sum(a if w == 1 else w * a for w, a in zip(weights, arrays, strict=True) if w)
+    terms = (a if w == 1 else w * a for w, a in zip(weights, arrays, strict=True) if w)
+    return functools.reduce(operator.add, terms)
 
 
 def _mix(matrix: Sequence[Sequence[float]], arrays: list[jax.Array], axis: int) -> jax.Array:
-    """``matrix @ arrays``, with a new axis."""
+    """Returns ``matrix @ arrays``, with a new axis."""
     others = [i for i in range(arrays[0].ndim + 1) if i != axis]
     weights = np.expand_dims(np.array(matrix).T, [i + 1 for i in others])
-    return sum(
+    terms = (
         jnp.asarray(w, a.dtype) * jnp.expand_dims(a, axis)
         for w, a in zip(weights, arrays, strict=True)
     )
+    return functools.reduce(operator.add, terms)
 
 
 def _products(x: jax.Array, y: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-    """Products of 4 pairs of matrices, over one axis of each; of tiles, the pixels are one axis."""
+    """Multiplies 4 pairs of matrices, over one axis of each. The pixels of tiles are one axis."""
     x, y = (a.reshape(4, -1, a.shape[-1]) for a in (x, y))
     first, second = contracted
     return lax.dot_general(x, y, (((first,), (second,)), ((0,), (0,))))
@@ -326,20 +339,20 @@ def _transposed(matrix: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
 
 
 def _pad_to(x: jax.Array, height: int, width: int, before: int = 0) -> jax.Array:
-    """Pads maps with zeros, on one side as many as given, to a size."""
+    """Pads maps with zeros to a given size, with ``before`` of them above and to the left."""
     _, rows, columns, _ = x.shape
     sides = (before, height - before - rows, 0), (before, width - before - columns, 0)
     return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *sides, (0, 0, 0)))
 
 
 def _over_pixels(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The sum over pixels of outer products, ``(inputs, outputs)``."""
-    # As matrices: of arrays with more axes XLA would transpose the first before the product.
+    """Sums outer products over pixels, to ``(inputs, outputs)``."""
+    # As matrices, since with more axes XLA would transpose the first array before the product.
     x, y = (a.reshape(-1, a.shape[-1]) for a in (x, y))
     return lax.dot_general(x, y, (((0,), (0,)), ((), ())))
 
 
-FORMS = {
+FORMS: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "output": {"native": native_output, "taps": taps_output, "winograd": winograd_output},
     "input": {
         "native": native_input_gradient,

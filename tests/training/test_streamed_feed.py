@@ -1,4 +1,4 @@
-import json
+import functools
 import logging
 
 import jax
@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from input_pipeline.batch import Batch
+from tests.helpers import read_records, same, untimed
 from tests.pictures import write_tree
-from training import epochs, loop
+from training import loop, sharding, step
 from training.config import TrainConfig
-from training.epochs import NonFiniteError
-from training.loop import train
+from training.errors import NonFiniteError
+from training.run import make_plan, train
+from training.step import LOSSES
 
 FIELDS = {
     "dataset": "imagenet",
@@ -25,7 +28,6 @@ FIELDS = {
     "workers": 0,
     "platform": "cpu",
 }
-TIMINGS = {"seconds", "images_per_second"}
 
 
 @pytest.fixture
@@ -37,28 +39,19 @@ def run(tmp_path, name="run", **fields):
     return train(TrainConfig(workdir=tmp_path / name, **(FIELDS | fields)))
 
 
-def same(a, b):
-    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
-def untimed(records):
-    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
-
-
 def test_imagenet_trains(tmp_path, tree):
     result = run(tmp_path, data_dir=tree, epochs=30, train_bs=23, depth=4, width=64)
-    losses = [record["train_loss"] for record in result.records]
+    losses = [record.train_loss for record in result.records]
     assert losses[0] == pytest.approx(np.log(1000), rel=0.1)
     assert np.mean(losses[-5:]) < 0.2 * losses[0]
-    assert [record["step"] for record in result.records] == list(range(1, 31))
-    assert all(record["unreadable"] == 0 for record in result.records)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == result.records
+    assert [record.step for record in result.records] == list(range(1, 31))
+    assert all(record.unreadable == 0 for record in result.records)
+    assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
 
 
 def test_workers_and_dispatches_change_nothing(tmp_path, tree, monkeypatch):
     threads = run(tmp_path, "threads", data_dir=tree)
-    monkeypatch.setattr(epochs, "DISPATCH_SECONDS", 0)
+    monkeypatch.setattr(loop, "DISPATCH_SECONDS", 0)
     processes = run(tmp_path, "processes", data_dir=tree, workers=2)
     assert same(threads.state, processes.state)
     assert untimed(threads.records) == untimed(processes.records)
@@ -79,10 +72,10 @@ def test_pictures_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_pa
         result = run(tmp_path, data_dir=tree, train_bs=23, epochs=3)
     messages = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
     assert sorted(m.rsplit(" ", 1)[1] for m in messages) == sorted(map(str, broken))
-    assert [record["unreadable"] for record in result.records] == [2, 2, 2]
-    rates = [r["train_accuracy"] * 22 for r in result.records]
+    assert [record.unreadable for record in result.records] == [2, 2, 2]
+    rates = [r.train_accuracy * 22 for r in result.records]
     np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
-    rates = [r["test_accuracy"] * 9 for r in result.records]
+    rates = [r.test_accuracy * 9 for r in result.records]
     np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
 
 
@@ -90,48 +83,46 @@ def test_a_run_of_nothing_but_unreadable_pictures_goes_on(tmp_path, tree):
     for path in (tmp_path / "imagenet").glob("*/*/*.JPEG"):
         path.write_bytes(b"")
     for record in run(tmp_path, data_dir=tree).records:
-        assert record["unreadable"] == 30
-        assert np.isnan(record["train_loss"])
-        assert np.isnan(record["test_accuracy"])
+        assert record.unreadable == 30
+        assert np.isnan(record.train_loss)
+        assert np.isnan(record.test_accuracy)
 
 
 def test_weight_zero_counts_for_nothing():
-    config = TrainConfig(**(FIELDS | {"dataset": "synthetic_imagenet"})).resolved()
-    graphdef, _, init = loop.build_plan(config, loop.sharding.make_mesh(config))
-    state = init()
-    tx, loss = loop.agd_jax.agd(), loop.LOSSES["xent"]
+    config = TrainConfig(**(FIELDS | {"dataset": "synthetic_imagenet", "workers": None})).resolved()
+    plan = make_plan(config, sharding.make_mesh(config))
+    state = plan.create_train_state()
     rng = np.random.RandomState(0)
     images, labels = rng.randn(6, 16, 16, 3).astype(np.float32), rng.randint(0, 1000, 6)
-    Batch = loop.step.Batch  # noqa: N806
-    step = lambda batch: loop.step.train_step(graphdef, tx, loss, state, batch)
+    take = lambda batch: step.train_step(plan.graphdef, plan.tx, LOSSES["xent"], state, batch)
 
-    four, sums = step(Batch(images[:4], labels[:4], jnp.ones(4)))
-    six, padded = step(Batch(images, labels, jnp.array([1.0, 1, 1, 1, 0, 0])))
+    four, sums = take(Batch(images[:4], labels[:4], jnp.ones(4)))
+    six, padded = take(Batch(images, labels, jnp.array([1.0, 1, 1, 1, 0, 0])))
     for a, b in zip(jax.tree.leaves((four, sums)), jax.tree.leaves((six, padded)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
-    none, _ = step(Batch(images, labels, jnp.zeros(6)))
+    none, _ = take(Batch(images, labels, jnp.zeros(6)))
     assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(none.params))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, tree, monkeypatch):
-    original = loop.step.train_step
+    original = step.train_step
 
     def train_step(*args):
         state, measured = original(*args)
         broken = jnp.where(state.step == 6, jnp.nan, measured.sums.loss)
         return state, measured._replace(sums=measured.sums._replace(loss=broken))
 
-    monkeypatch.setattr(loop.step, "train_step", train_step)
+    monkeypatch.setattr(step, "train_step", train_step)
     with pytest.raises(NonFiniteError, match=r"^the loss was nan at step 6 \(epoch 2\)"):
         run(tmp_path, data_dir=tree, epochs=3)
 
 
 def test_synthetic_pictures_need_no_data(tmp_path):
-    result = run(tmp_path, dataset="synthetic_imagenet", data_dir=None, epochs=1)
+    result = run(tmp_path, dataset="synthetic_imagenet", data_dir=None, workers=None, epochs=1)
     (record,) = result.records
-    assert record["step"] == 100
-    assert record["unreadable"] == 0
-    assert record["train_loss"] < np.log(1000)
+    assert record.step == 100
+    assert record.unreadable == 0
+    assert record.train_loss < np.log(1000)
 
 
 def test_bf16_keeps_everything_but_the_networks_arithmetic_in_float32(tmp_path):
@@ -140,27 +131,25 @@ def test_bf16_keeps_everything_but_the_networks_arithmetic_in_float32(tmp_path):
             FIELDS
             | {"dataset": "synthetic_imagenet", "arch": "resnet18", "depth": None, "width": None}
         )
-        | {"precision": "bf16"}
+        | {"precision": "bf16", "workers": None}
     ).resolved()
-    graphdef, _, init = loop.build_plan(config, loop.sharding.make_mesh(config))
-    state = init()
+    plan = make_plan(config, sharding.make_mesh(config))
+    state = plan.create_train_state()
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {
         jnp.dtype(jnp.float32)
     }
-    batch = loop.step.Batch(
+    batch = Batch(
         jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32),
         jax.ShapeDtypeStruct((4,), jnp.int32),
         jax.ShapeDtypeStruct((4,), jnp.float32),
     )
-    step = lambda state, batch: loop.step.train_step(
-        graphdef, loop.agd_jax.agd(), loop.LOSSES["xent"], state, batch
-    )
-    new, measured = jax.eval_shape(step, state, batch)
+    take = functools.partial(step.train_step, plan.graphdef, plan.tx, LOSSES["xent"])
+    new, measured = jax.eval_shape(take, state, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves((new, measured))} == {
         jnp.dtype(jnp.float32),
         jnp.dtype(jnp.int32),  # the count of steps
     }
-    program = jax.make_jaxpr(step)(state, batch)
+    program = jax.make_jaxpr(take)(state, batch)
     # What the network multiplies is bfloat16; norms, G and eta come after.
     heavy = [e for e in equations(program.jaxpr) if e.primitive.name == "conv_general_dilated"]
     assert heavy

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from training.losses import LOSSES
+from training.step import LOSSES
 
 LOGITS = np.random.RandomState(0).standard_normal((5, 7)).astype(np.float32)
 LABELS = np.array([0, 6, 3, 3, 1])

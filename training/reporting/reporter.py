@@ -8,10 +8,13 @@ import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
-from training.config import ConfigError, TrainConfig
-from training.console import Console
-from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE, SaveError
+from training.config import TrainConfig
+from training.errors import ConfigError, SaveError
+from training.records import EpochRecord
+from training.reporting.console import Console
+from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -19,15 +22,47 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_PICTURES = 2
 
 
-class Reporter:
+class SilentReporter:
+    """Says and writes nothing, for the processes that the primary one speaks for."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        pass
+
+    def compiling(self) -> None:
+        """The programs of the run are being compiled."""
+
+    def begin(self, compile_seconds: float) -> None:
+        """Everything is ready for the first epoch."""
+
+    def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
+        """Moves the bar.
+
+        Args:
+          epoch: the number of the epoch that is under way, the first being 1.
+          done: the share of it that is done, 0 to 1.
+          averages: over that share: ``loss``, ``accuracy``, ``eta``, ``images_per_second``.
+        """
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Keeps the record of an epoch, in every form.
+
+        Raises:
+          SaveError: if it cannot be written.
+        """
+
+
+class Reporter(SilentReporter):
     """Writes the files of a run and speaks for it; a context manager around its epochs.
 
     Attributes:
-      records: one dict for each epoch so far.
+      records: the epochs so far.
     """
 
     def __init__(
-        self, config: TrainConfig, workdir: Path, facts: dict[str, str], records: list[dict]
+        self, config: TrainConfig, workdir: Path, facts: dict[str, str], records: list[EpochRecord]
     ):
         """Writes the first files and says what was resolved.
 
@@ -41,27 +76,24 @@ class Reporter:
         Raises:
           ConfigError: if the folder cannot be written.
         """
-        from training.tensorboard import EventFile
+        from training.reporting.tensorboard import EventFile
 
         self.records = list(records)
         self._workdir = workdir
         self._start, self._before = time.perf_counter(), len(records)
         try:
             _write(workdir / CONFIG_FILE, json.dumps(config.to_json(), indent=2) + "\n")
-            lines = (json.dumps(record) + "\n" for record in records)
+            lines = (json.dumps(record.to_json()) + "\n" for record in records)
             _write(workdir / METRICS_FILE, "".join(lines))
             self._metrics = open(workdir / METRICS_FILE, "a")  # noqa: SIM115, closed in __exit__
-            seen = records[-1]["step"] if records else 0
+            seen = records[-1].step if records else 0
             self._tensorboard = EventFile(workdir, seen + 1)
         except OSError as error:
             raise ConfigError(f"--workdir {workdir}: {error.strerror}") from error
         self._curves = CurvesDrawer(workdir / CURVES_FILE, f"{config.arch} on {config.dataset}")
         self._console = Console(config.epochs, facts | {"workdir": os.fspath(workdir)})
 
-    def __enter__(self) -> "Reporter":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._curves.close()
         self._console.close()
         with contextlib.suppress(OSError):  # What could not be written has been said.
@@ -72,32 +104,22 @@ class Reporter:
             self._console.summary(self.records, self._before, seconds, self._workdir)
 
     def compiling(self) -> None:
-        """The programs of the run are being compiled."""
+        """Says so."""
         self._console.compiling()
 
     def begin(self, compile_seconds: float) -> None:
-        """Everything is ready for the first epoch."""
+        """Says so, and shows the bar."""
         self._console.begin(compile_seconds)
 
     def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
-        """Moves the bar.
-
-        Args:
-          epoch: the one that is under way, the first being 1.
-          done: the share of it that is, 0 to 1.
-          averages: over that share: ``loss``, ``accuracy``, ``eta``, ``images_per_second``.
-        """
+        """Moves the bar."""
         self._console.progress(epoch, done, averages)
 
-    def epoch(self, record: dict) -> None:
-        """Keeps the record of an epoch, in every form.
-
-        Raises:
-          SaveError: if it cannot be written.
-        """
+    def epoch(self, record: EpochRecord) -> None:
+        """Writes the record, shows it, and has the curves drawn."""
         self.records.append(record)
         try:
-            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.write(json.dumps(record.to_json()) + "\n")
             self._metrics.flush()
             self._tensorboard.write(record)
         except OSError as error:
@@ -113,34 +135,6 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-class SilentReporter:
-    """Keeps the records, for the processes that another one speaks for."""
-
-    def __init__(
-        self, config: TrainConfig, workdir: Path, facts: dict[str, str], records: list[dict]
-    ):
-        self.records = list(records)
-
-    def __enter__(self) -> "SilentReporter":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        pass
-
-    def compiling(self) -> None:
-        """Says nothing."""
-
-    def begin(self, compile_seconds: float) -> None:
-        """Says nothing."""
-
-    def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
-        """Says nothing."""
-
-    def epoch(self, record: dict) -> None:
-        """Keeps the record of an epoch."""
-        self.records.append(record)
-
-
 class CurvesDrawer:
     """Draws in a thread, so that no device waits for a picture.
 
@@ -150,10 +144,10 @@ class CurvesDrawer:
     def __init__(self, path: Path, title: str):
         self._path, self._title, self._last = path, title, -math.inf
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._drawing: Future | None = None
-        self._waiting: list[dict] = []
+        self._drawing: Future[None] | None = None
+        self._waiting: list[EpochRecord] = []
 
-    def draw(self, records: list[dict]) -> None:
+    def draw(self, records: list[EpochRecord]) -> None:
         """Asks for a picture of these records."""
         self._waiting = list(records)
         idle = self._drawing is None or self._drawing.done()
@@ -169,7 +163,7 @@ class CurvesDrawer:
         self._thread.shutdown()
 
     def _draw(self) -> None:
-        from training.curves import draw
+        from training.reporting.curves import draw
 
         while self._waiting:
             records, self._waiting = self._waiting, []

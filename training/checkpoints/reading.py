@@ -13,49 +13,24 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from training import metrics, network
-from training.config import ConfigError, TrainConfig
-from training.metrics import TrainMetrics
+from training.config import TrainConfig
+from training.errors import ConfigError
+from training.records import EpochRecord, best_step, from_json
+from training.state import abstract_network
 from training.workdir import CHECKPOINTS
-
-if TYPE_CHECKING:
-    from training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-# What the record of an epoch has at the least.
-RECORD = ("epoch", "step", "test_loss", "test_accuracy")
-
 T = TypeVar("T")
 Which = Literal["best", "last"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """A run between two steps.
-
-    Attributes:
-      step: number of steps taken.
-      state: after them.
-      sums: metrics of the epoch under way.
-      seconds: for which that epoch has been trained.
-      records: of the epochs before it, as in ``metrics.jsonl``.
-      position: the place in the training data, as JSON has it.
-    """
-
-    step: int
-    state: TrainState
-    sums: TrainMetrics
-    seconds: float
-    records: list[dict]
-    position: dict
 
 
 def saved_config(workdir: Path) -> TrainConfig:
@@ -66,62 +41,99 @@ def saved_config(workdir: Path) -> TrainConfig:
     """
     with reading(folder_of(workdir)) as reader:
         _, (run, _) = _last(workdir, reader, {})
-    return config_of(run)
+    return run.resolved_config()
+
+
+@dataclass(frozen=True)
+class RunItem:
+    """The item ``run`` of a checkpoint.
+
+    Attributes:
+      config: the config of the run, as JSON has it.
+      records: the epochs so far.
+      seconds: how long the epoch under way has been trained.
+      position: the place in the training data, as JSON has it.
+      sizes: the sizes of the training and the test set.
+      classes: the names of the classes, in the order of the labels. Earlier versions saved none.
+    """
+
+    config: dict[str, Any]
+    records: list[EpochRecord]
+    seconds: float
+    position: dict[str, Any]
+    sizes: list[int]
+    classes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, as JSON has them."""
+        return vars(self) | {"records": [record.to_json() for record in self.records]}
+
+    def resolved_config(self) -> TrainConfig:
+        """The config of the run.
+
+        Raises:
+          ConfigError: if it is not one.
+        """
+        return TrainConfig.from_json(self.config).resolved()
+
+
+# What is read at once: the item `run`, and the others by name.
+Items = tuple[RunItem, dict[str, Any]]
 
 
 class Saved(NamedTuple):
-    """What a checkpoint has of a network.
+    """The network of a checkpoint.
 
     Attributes:
-      step: after which it was saved.
-      run: its item ``run``.
+      step: the step after which it was saved.
+      run: the item ``run`` of the checkpoint.
       model: its parameters and running averages, as ``{"params": ..., "batch_stats": ...}``.
     """
 
     step: int
-    run: dict
-    model: dict
+    run: RunItem
+    model: dict[str, Any]
 
 
-def read_last(workdir: Path, like: dict) -> Saved:
+def read_last(workdir: Path, target: dict[str, Any]) -> Saved:
     """Reads the network of the newest checkpoint that can be read.
 
     Args:
       workdir: of a run.
-      like: the shapes of the model, with shardings.
+      target: the shapes of the model, with shardings.
 
     Raises:
       ConfigError: if there is none.
     """
     with reading(folder_of(workdir)) as reader:
-        step, (run, arrays) = _last(workdir, reader, {"model": like})
+        step, (run, arrays) = _last(workdir, reader, {"model": target})
     return Saved(step, run, arrays["model"])
 
 
-def read_best(workdir: Path, like: dict, last: Saved) -> Saved:
+def read_best(workdir: Path, target: dict[str, Any], last: Saved) -> Saved:
     """Reads the network of the epoch with the best test accuracy, likewise.
 
     Args:
       workdir: of a run.
-      like: the shapes of the model, with shardings.
+      target: the shapes of the model, with shardings.
       last: from :func:`read_last`, which may be it.
 
     Raises:
       ConfigError: if it cannot be read.
     """
     with reading(folder_of(workdir)) as reader:
-        step = best_step(last.run["records"], {*reader.all_steps()})
+        step = best_step(last.run.records, {*reader.all_steps()})
         if step in (last.step, None):
             return last
         try:
-            run, arrays = read_items(reader, step, {"model": like})
+            run, arrays = read_items(reader, step, {"model": target})
         except Exception as error:
             path = folder_of(workdir) / str(step)
             raise ConfigError(f"{path}: cannot be read ({one_line(error)})") from error
     return Saved(step, run, arrays["model"])
 
 
-def load(workdir: str | os.PathLike, which: Which = "best") -> tuple[nnx.Module, TrainConfig]:
+def load(workdir: str | os.PathLike[str], which: Which = "best") -> tuple[nnx.Module, TrainConfig]:
     """Loads a trained network.
 
     >>> model, config = load("runs/cifar10-resnet18")  # doctest: +SKIP
@@ -160,22 +172,21 @@ class Trained(NamedTuple):
     classes: list[str]
 
 
-def load_all(workdir: str | os.PathLike, which: Which = "best") -> Trained:
+def load_all(workdir: str | os.PathLike[str], which: Which = "best") -> Trained:
     """As :func:`load`, with the step and the names of the classes."""
     if which not in get_args(Which):
         raise ValueError(f"which={which!r}: choose from {', '.join(get_args(Which))}")
     workdir = Path(workdir).expanduser()
     config = saved_config(workdir)
     with jax.enable_x64(config.precision == "f64"):
-        model = nnx.eval_shape(lambda: network.create(config))
-        graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-        like = on_one_device({"params": params, "batch_stats": batch_stats})
-        saved = read_last(workdir, like)
+        graphdef, params, batch_stats = abstract_network(config)
+        target = on_one_device({"params": params, "batch_stats": batch_stats})
+        saved = read_last(workdir, target)
         if which == "best":
-            saved = read_best(workdir, like, saved)
+            saved = read_best(workdir, target, saved)
     model = nnx.merge(graphdef, saved.model["params"], saved.model["batch_stats"])
     model.eval()
-    return Trained(model, config, saved.step, saved.run["classes"])
+    return Trained(model, config, saved.step, saved.run.classes)
 
 
 def folder_of(workdir: Path) -> Path:
@@ -200,51 +211,34 @@ def reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
         yield manager
 
 
-def read_items(reader: ocp.CheckpointManager, step: int, like: dict) -> tuple[dict, dict]:
-    """Reads the item ``run`` of a checkpoint, and those others that are given the shapes of."""
-    arrays = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-    saved = reader.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **arrays))
-    return _checked(saved["run"], step), {name: saved[name] for name in like}
-
-
-def _checked(run: Any, step: int) -> dict:
-    """The item ``run`` of a checkpoint, which anybody may have written.
+def read_items(reader: ocp.CheckpointManager, step: int, target: dict[str, Any]) -> Items:
+    """Reads the item ``run`` of a checkpoint, and those others whose shapes are given.
 
     Raises:
-      ValueError: if it is not what a run saves.
+      ValueError: if the item ``run`` is not what a run saves. Orbax and TensorStore have many more
+        for damaged files.
     """
-    numbers = lambda record: (
-        isinstance(record, dict)
-        and all(isinstance(record.get(name), int | float) for name in RECORD)
-    )
-    if not (
-        isinstance(run, dict)
-        and isinstance(run.get("config"), dict)
-        and isinstance(run.get("records"), list)
-        and all(map(numbers, run["records"]))
-        and all(record["step"] <= step for record in run["records"])
-        and isinstance(run.get("seconds"), int | float)
-        and isinstance(run.get("position"), dict)
-        and isinstance(run.get("sizes"), list)
-        # Runs before there were any have none.
-        and isinstance(run.setdefault("classes", []), list)
-    ):
-        raise ValueError("its item `run` is not what a run saves")
-    return run
+    arrays = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
+    saved = reader.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **arrays))
+    run = from_json(RunItem, saved["run"])
+    records = [from_json(EpochRecord, record) for record in run.records]
+    if any(record.step > step for record in records):
+        raise ValueError(f"has an epoch that ended after step {step}")
+    return dataclasses.replace(run, records=records), {name: saved[name] for name in target}
 
 
 def newest_readable(
     reader: ocp.CheckpointManager, read: Callable[[int], T]
-) -> tuple[int | None, T | None, list[int]]:
+) -> tuple[tuple[int, T] | None, list[int]]:
     """Reads the newest checkpoint that can be read, and names those that cannot.
 
     Returns:
-      Its step and what was read, if there is one, and the steps of those that are damaged.
+      Its step with what was read, if there is one, and the steps of those that are damaged.
     """
     damaged: list[int] = []
     for step in reversed(reader.all_steps()):
         try:
-            return step, read(step), damaged
+            return (step, read(step)), damaged
         except ConfigError:
             raise
         except (PermissionError, MemoryError) as error:
@@ -253,27 +247,18 @@ def newest_readable(
         except Exception as error:  # Orbax and TensorStore have many for damaged files.
             log.warning("%s: cannot be read (%s)", reader.directory / str(step), one_line(error))
             damaged.append(step)
-    return None, None, damaged
+    return None, damaged
 
 
-def _last(workdir: Path, reader: ocp.CheckpointManager, like: dict) -> tuple[int, tuple]:
+def _last(
+    workdir: Path, reader: ocp.CheckpointManager, target: dict[str, Any]
+) -> tuple[int, Items]:
     """What :func:`read_items` gives of the newest checkpoint, of which there must be one."""
-    step, saved, damaged = newest_readable(reader, lambda step: read_items(reader, step, like))
-    if step is None:
+    found, damaged = newest_readable(reader, lambda step: read_items(reader, step, target))
+    if found is None:
         problem = "none of its checkpoints can be read" if damaged else "holds no checkpoint"
         raise ConfigError(f"{workdir}: {problem}")
-    return step, saved
-
-
-def config_of(run: dict) -> TrainConfig:
-    """The config in the item ``run`` of a checkpoint, resolved."""
-    return TrainConfig.from_json(run["config"]).resolved()
-
-
-def best_step(records: list[dict], steps: set[int]) -> int | None:
-    """The one of these steps that ended the epoch with the best test accuracy, if any ended one."""
-    ended = [record for record in records if record["step"] in steps]
-    return metrics.best(ended)["step"] if ended else None
+    return found
 
 
 def on_one_device(tree: Any) -> Any:

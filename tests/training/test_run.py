@@ -7,48 +7,46 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from input_pipeline import sources
+from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
-from training import epochs, loop
-from training.config import ConfigError, TrainConfig
-from training.epochs import NonFiniteError
-from training.loop import train
-from training.losses import LOSSES
+from tests.helpers import same, untimed
+from training import feeds, loop, sharding, step
+from training import run as training_run
+from training.config import TrainConfig
+from training.errors import ConfigError, NonFiniteError
+from training.run import train
+from training.step import LOSSES
 
 
 def run(tmp_path, **fields):
     return train(TrainConfig(workdir=tmp_path / "run", platform="cpu", **fields))
 
 
-def same(a, b):
-    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-
-
 def test_digits_reach_98_percent(tmp_path):
     result = run(tmp_path)
-    assert result.records[-1]["test_accuracy"] >= 0.98
-    assert result.records[-1]["train_loss"] < 0.02
+    assert result.records[-1].test_accuracy >= 0.98
+    assert result.records[-1].train_loss < 0.02
 
 
 def test_epoch_record_is_what_happened(tmp_path):
     result = run(tmp_path, epochs=3, depth=3, width=32, test_bs=100)
-    assert [r["epoch"] for r in result.records] == [1, 2, 3]
-    assert [r["step"] for r in result.records] == [11, 22, 33]
+    assert [r.epoch for r in result.records] == [1, 2, 3]
+    assert [r.step for r in result.records] == [11, 22, 33]
     for record in result.records:
-        assert 0 < record["eta_min"] <= record["eta"] <= record["eta_max"]
-        assert record["gradient_summary"] > 0
-        assert record["images_per_second"] == pytest.approx(11 * 128 / record["seconds"])
+        assert 0 < record.eta_min <= record.eta <= record.eta_max
+        assert record.gradient_summary > 0
+        assert record.images_per_second == pytest.approx(11 * 128 / record.seconds)
 
     # The test metrics, by hand, over the 360 examples that 100 does not divide.
     last = result.records[-1]
-    test = sources.load(SPECS["digits"]).test
+    test = resident.load(SPECS["digits"]).test
     model = nnx.merge(result.graphdef, result.state.params, result.state.batch_stats)
     logits = model(normalise(SPECS["digits"], jnp.asarray(test.images), jnp.float32))
     losses = LOSSES["mse"](logits, test.labels)
-    assert last["test_loss"] == pytest.approx(float(jnp.mean(losses)), rel=1e-5)
+    assert last.test_loss == pytest.approx(float(jnp.mean(losses)), rel=1e-5)
     hits = float(np.mean(np.argmax(logits, axis=1) == test.labels))
-    assert last["test_accuracy"] == pytest.approx(hits, abs=1e-6)
+    assert last.test_accuracy == pytest.approx(hits, abs=1e-6)
 
 
 def test_the_seed_decides_everything(tmp_path):
@@ -64,18 +62,16 @@ def test_the_seed_decides_everything(tmp_path):
 def test_how_steps_are_dispatched_changes_nothing(tmp_path, monkeypatch):
     fields = {"epochs": 2, "depth": 2, "width": 16, "train_bs": 16}
     one = train(TrainConfig(workdir=tmp_path / "one", **fields))
-    monkeypatch.setattr(epochs, "DISPATCH_SECONDS", 0)
+    monkeypatch.setattr(loop, "DISPATCH_SECONDS", 0)
     other = train(TrainConfig(workdir=tmp_path / "other", **fields))
     assert same(one.state, other.state)
-    timings = {"seconds", "images_per_second"}
-    untimed = lambda r: [{k: v for k, v in e.items() if k not in timings} for e in r.records]
-    assert untimed(one) == untimed(other)
+    assert untimed(one.records) == untimed(other.records)
 
 
 def test_starting_weights_are_orthogonal(tmp_path):
     config = TrainConfig(depth=3, width=16, platform="cpu").resolved()
-    mesh = loop.sharding.make_mesh(config)
-    state = loop.build_plan(config, mesh).init()
+    mesh = sharding.make_mesh(config)
+    state = training_run.make_plan(config, mesh).create_train_state()
     kernel = nnx.to_pure_dict(state.params)["layers"][1]["kernel"]
     np.testing.assert_allclose(kernel @ kernel.T, np.eye(16), atol=1e-5)
     assert all(p.sharding.mesh == mesh for p in jax.tree.leaves(state))
@@ -87,7 +83,7 @@ def test_every_data_set_trains(prepared, tmp_path, name, loss):
     data_dir = prepared(name)
     fields = {"depth": 2, "width": 32, "train_bs": 32, "epochs": 8}
     result = run(tmp_path, dataset=name, loss=loss, data_dir=data_dir, **fields)
-    losses = [r["train_loss"] for r in result.records]
+    losses = [r.train_loss for r in result.records]
     assert losses[-1] < losses[0]
 
 
@@ -95,9 +91,9 @@ def test_every_data_set_trains(prepared, tmp_path, name, loss):
 def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_path):
     fields = {"dataset": "cifar10", "data_dir": prepared("cifar10"), "train_bs": 24, "test_bs": 25}
     result = run(tmp_path, arch="resnet18", epochs=3, **fields)
-    losses = [r["train_loss"] for r in result.records]
+    losses = [r.train_loss for r in result.records]
     assert losses[-1] < 0.9 * losses[0]
-    assert result.records[-1]["step"] == 12
+    assert result.records[-1].step == 12
     assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(result.state.batch_stats))
     assert all(np.any((s != 0) & (s != 1)) for s in jax.tree.leaves(result.state.batch_stats))
 
@@ -105,13 +101,13 @@ def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_
 def test_steps_taken_one_by_one_are_those_of_the_loop(tmp_path, monkeypatch):
     fields = {"epochs": 2, "depth": 3, "width": 16, "test_bs": 100}
     looped = train(TrainConfig(workdir=tmp_path / "looped", **fields))
-    build = functools.partial(loop.ResidentRun, convolutional=True)
+    build = functools.partial(feeds.ResidentFeed, convolutional=True)
     one_by_one = lambda *args, convolutional, **kwargs: build(*args, **kwargs)
-    monkeypatch.setattr(loop, "ResidentRun", one_by_one)
+    monkeypatch.setattr(training_run, "ResidentFeed", one_by_one)
     single = train(TrainConfig(workdir=tmp_path / "single", platform="cpu", **fields))
     for a, b in zip(looped.records, single.records, strict=True):
         for name in ("train_loss", "test_loss", "test_accuracy", "eta", "eta_max"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-4), name
 
 
 def test_precisions_agree_as_far_as_they_go(tmp_path):
@@ -119,7 +115,7 @@ def test_precisions_agree_as_far_as_they_go(tmp_path):
     losses, params = {}, {}
     for precision in ("f32", "bf16", "f64"):
         result = train(TrainConfig(precision=precision, workdir=tmp_path / precision, **fields))
-        losses[precision] = result.records[-1]["train_loss"]
+        losses[precision] = result.records[-1].train_loss
         params[precision] = jax.tree.leaves(result.state.params)[0].dtype
     assert params == {"f32": jnp.float32, "bf16": jnp.float32, "f64": jnp.float64}
     assert losses["bf16"] == pytest.approx(losses["f32"], rel=0.05)
@@ -138,7 +134,7 @@ def test_gain_multiplies_the_step(tmp_path):
     losses = {}
     for gain in (1.0, 1e-6):
         result = train(TrainConfig(gain=gain, workdir=tmp_path / str(gain), **fields))
-        losses[gain] = result.records[-1]["train_loss"]
+        losses[gain] = result.records[-1].train_loss
     assert losses[1.0] < 0.95 * losses[1e-6]
 
 
@@ -151,14 +147,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path):
 def test_the_step_named_is_the_first_bad_one(tmp_path, monkeypatch):
     bad_step = 17  # the sixth of the second epoch
 
-    original = loop.step.train_step
+    original = step.train_step
 
     def train_step(graphdef, tx, loss, state, batch):
         state, measured = original(graphdef, tx, LOSSES["mse"], state, batch)
         broken = jnp.where(state.step == bad_step, jnp.nan, measured.sums.loss)
         return state, measured._replace(sums=measured.sums._replace(loss=broken))
 
-    monkeypatch.setattr(loop.step, "train_step", train_step)
+    monkeypatch.setattr(step, "train_step", train_step)
     with pytest.raises(NonFiniteError, match=r"^the loss was nan at step 17 \(epoch 2\)"):
         run(tmp_path, epochs=3, depth=2, width=8)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -175,12 +171,12 @@ def test_a_batch_larger_than_the_training_set_is_refused(tmp_path):
 @pytest.mark.parametrize("fields", [{"dataset": "mnist", "epochs": 10}])
 def test_real_mnist_reaches_97_percent(real_data, tmp_path, fields):
     real_data("mnist")
-    assert run(tmp_path, **fields).records[-1]["test_accuracy"] >= 0.97
+    assert run(tmp_path, **fields).records[-1].test_accuracy >= 0.97
 
 
 def test_real_cifar10_learns(real_data, tmp_path):
     real_data("cifar10")
     record = run(tmp_path, dataset="cifar10", depth=4, epochs=5).records[-1]
     # The reference algorithm has 0.717 and 43.8% by then.
-    assert record["train_loss"] < 0.73
-    assert record["test_accuracy"] > 0.42
+    assert record.train_loss < 0.73
+    assert record.test_accuracy > 0.42

@@ -1,6 +1,7 @@
-"""Several processes that train one network, each with some of the devices.
+"""What several processes do together.
 
-All run the same program on the same config. Process 0 speaks and writes for all of them.
+All processes run the same program on the same config, each with some of the devices. Process 0, the
+primary, speaks and writes for all of them. Whoever waits for another does so in here, or in a step.
 """
 
 import logging
@@ -9,12 +10,15 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from training.config import ConfigError, TrainConfig
+from input_pipeline.errors import DataError
+from training.config import TrainConfig
+from training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +29,7 @@ PATIENCE_SECONDS = 5
 # A process that is not heard of for so long is lost, and the others end and say so.
 HEARTBEAT_SECONDS = 30
 
-# Of a decision that is passed on, as UTF-8.
+# The maximum size of a message that is broadcast, in bytes of UTF-8.
 MAX_BYTES = 4096
 
 
@@ -43,8 +47,15 @@ def initialize(config: TrainConfig) -> None:
         return
     # Programs of a CPU that run side by side would mix up what they send.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # It would take SIGTERM, which is for training.stopping.
+    # It would take SIGTERM, which is for training.signals.
     jax.config.update("jax_enable_preemption_service", False)
+    if config.coordinator and config.process_id == 0:
+        try:
+            # JAX would end in a segmentation fault.
+            socket.create_server(("", int(config.coordinator.rpartition(":")[2]))).close()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"--coordinator {config.coordinator}: {reason}") from error
     failure: list[Exception] = []
 
     def meet() -> None:
@@ -68,13 +79,7 @@ def initialize(config: TrainConfig) -> None:
         log.warning("waiting for %s", _missing(config))
         thread.join(MEETING_SECONDS - PATIENCE_SECONDS)
     if thread.is_alive():
-        # Not an exception, on the way of which JAX says the same at length, some seconds later.
-        print(
-            f"error: --distribute: waited {MEETING_SECONDS} s in vain for {_missing(config)}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
+        leave(f"--distribute: waited {MEETING_SECONDS} s in vain for {_missing(config)}")
     if failure:
         raise ConfigError(
             "--distribute: the processes did not meet; without SLURM, Open MPI, a TPU pod or GKE, "
@@ -83,8 +88,30 @@ def initialize(config: TrainConfig) -> None:
         ) from failure[0]
 
 
+def introduce() -> None:
+    """Says who this process is, and where, if there are several."""
+    if jax.process_count() > 1:
+        log.info(
+            "process %s of %s: %s, pid %s, %s devices",
+            jax.process_index(),
+            jax.process_count(),
+            socket.gethostname(),
+            os.getpid(),
+            jax.local_device_count(),
+        )
+
+
+def leave(message: str) -> NoReturn:
+    """Ends this process, with exit code 2, where others may wait for it.
+
+    An exception would let JAX wait for them in turn, and say at length what the message says.
+    """
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 def _missing(config: TrainConfig) -> str:
-    """Whom this process waits for, as far as it can tell."""
+    """Names whom this process waits for, as far as it can tell."""
     if config.coordinator is None or config.process_id == 0:
         return "the other processes"
     host, _, port = config.coordinator.rpartition(":")
@@ -95,16 +122,16 @@ def _missing(config: TrainConfig) -> str:
     return "the other processes"
 
 
-def first() -> bool:
-    """Whether this process is the one that speaks and writes."""
+def is_primary() -> bool:
+    """Returns whether this process is the one that speaks and writes."""
     return jax.process_index() == 0
 
 
 def agree(signum: int, save: bool, steps: int) -> tuple[int, bool, int]:
-    """What all processes are to do next, who must do the same but are told and clocked apart.
+    """Returns what all processes do next. They are told and clocked apart, and must do the same.
 
     Args:
-      signum: of the signal that asks this process to end, or 0.
+      signum: the number of the signal that asks this process to end, or 0.
       save: whether it is time for a checkpoint.
       steps: how many steps to dispatch at once.
 
@@ -113,27 +140,38 @@ def agree(signum: int, save: bool, steps: int) -> tuple[int, bool, int]:
     """
     if jax.process_count() == 1:
         return signum, save, steps
+    log.debug("agreeing on signal %s, saving %s, %s steps", signum, save, steps)
     votes = multihost_utils.process_allgather(np.array([signum, save, steps], np.int32))
-    return int(votes[:, 0].max()), bool(votes[0, 1]), int(votes[0, 2])
+    agreed = int(votes[:, 0].max()), bool(votes[0, 1]), int(votes[0, 2])
+    log.debug("agreed on signal %s, saving %s, %s steps", *agreed)
+    return agreed
 
 
-def decide(choose: Callable[[], str]) -> str:
-    """What process 0 chooses, in every process.
+def broadcast_from_primary(choose: Callable[[], str]) -> str:
+    """Calls a function in process 0 alone, and returns in every process what it returns there.
 
     Raises:
-      ConfigError: in every process, if any error is raised in process 0.
+      ConfigError: in the other processes, if process 0 raises one or a DataError.
+      RuntimeError: in the other processes, if process 0 raises any other error. Process 0 raises
+        the error itself.
     """
     if not jax.distributed.is_initialized():
         return choose()
-    decision = ""
-    if first():
+    message, failure = "", None
+    if is_primary():
         try:
-            decision = f"+{choose()}"
-        except Exception as error:
-            # Else the others would wait for the decision.
-            decision = f"-{error}"
-    message = np.frombuffer(decision.encode().ljust(MAX_BYTES, b"\0")[:MAX_BYTES], np.uint8)
-    shared = bytes(np.asarray(multihost_utils.broadcast_one_to_all(message))).rstrip(b"\0").decode()
+            message = f"+{choose()}"
+        except Exception as error:  # Else the others would wait for the message.
+            failure = error
+            message = f"{'-' if isinstance(error, ConfigError | DataError) else '!'}{error}"
+    log.debug("waiting for what process 0 has to say")
+    encoded = np.frombuffer(message.encode().ljust(MAX_BYTES, b"\0")[:MAX_BYTES], np.uint8)
+    shared = bytes(np.asarray(multihost_utils.broadcast_one_to_all(encoded))).rstrip(b"\0").decode()
+    log.debug("process 0 says %r", shared)
+    if failure:
+        raise failure
     if shared.startswith("-"):
         raise ConfigError(shared[1:])
+    if shared.startswith("!"):
+        raise RuntimeError(f"process 0 failed: {shared[1:]}")
     return shared[1:]

@@ -50,11 +50,18 @@ def end_at_once() -> None:
     """
 
     def end(signum: int, frame: object) -> None:
+        _clear_line()
         os.write(2, f"stopped: {signal.Signals(signum).name}\n".encode())
         os._exit(128 + signum)
 
     for signum in SIGNALS:
         signal.signal(signum, end)
+
+
+def _clear_line() -> None:
+    """Takes away a bar that is on the terminal, and brings back the cursor that it hides."""
+    if os.isatty(1):
+        os.write(1, b"\r\x1b[2K\x1b[?25h")
 
 
 @contextmanager
@@ -72,14 +79,15 @@ def on_request() -> Iterator[Request]:
         nonlocal interrupts
         interrupts += signum == signal.SIGINT
         if interrupts > 1:
+            _clear_line()
             # Not an exception, which would wait for threads and for what is being saved.
             os._exit(128 + signum)
         request.signum = request.signum or signum
         if signum == signal.SIGINT:
-            # Not print, which may be what was interrupted. On a terminal, it takes the place of the
-            # bar, which is drawn again on the next line.
-            lead = b"\r\x1b[2K" if os.isatty(2) else b""
-            os.write(2, lead + b"saving after this step; Ctrl-C again ends at once\n")
+            # In place of the bar, which is drawn again on the next line. Not by print, which may be
+            # what was interrupted.
+            _clear_line()
+            os.write(2, b"saving after this step; Ctrl-C again ends at once\n")
 
     before = {signum: signal.signal(signum, note) for signum in SIGNALS}
     try:

@@ -1,0 +1,35 @@
+"""What several tests need of a run."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+
+
+def same(a, b):
+    """Whether two trees have the same arrays, to the last bit."""
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def untimed(records):
+    """The records of epochs without what a clock measured."""
+    return [dataclasses.replace(r, seconds=0, images_per_second=0) for r in records]
+
+
+def read_records(workdir):
+    """The lines of ``metrics.jsonl``."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_epochs(workdir, epochs=1):
+    """Waits until a run has written so many lines."""
+    file = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text().count("\n") >= epochs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

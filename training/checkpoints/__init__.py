@@ -1,0 +1,8 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped, written by Orbax.
+
+``reading`` finds and loads them, ``saving`` writes them during a run.
+"""
+
+from training.checkpoints.reading import load
+
+__all__ = ["load"]

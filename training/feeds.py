@@ -1,0 +1,398 @@
+"""Data on their way into a training step: from the devices, or from the host.
+
+A feed owns its data and the compiled programs that use them, so that the loop over epochs knows no
+difference between the two kinds.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from input_pipeline import resident
+from input_pipeline.batch import Batch, normalise
+from input_pipeline.resident import Arrays, Split
+from input_pipeline.specs import DatasetSpec
+from training import metrics, sharding
+from training.metrics import Metrics, TrainMetrics
+from training.state import TrainState
+
+if TYPE_CHECKING:
+    from input_pipeline.streaming import Source, Sources, Stream
+
+log = logging.getLogger(__name__)
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
+EvalStep = Callable[[TrainState, Batch], Metrics]
+
+
+class Feed(Protocol):
+    """What the loop over epochs needs of a data set.
+
+    Attributes:
+      steps_per_epoch: the number of full batches in the training set.
+    """
+
+    steps_per_epoch: int
+
+    def compile(self, state: TrainState) -> TrainState:
+        """Compiles every program, so that no epoch is timed with it. The state is donated."""
+
+    def zero_metrics(self) -> TrainMetrics:
+        """The sums that an epoch starts from, on the devices."""
+
+    def train(
+        self, state: TrainState, sums: TrainMetrics, stop: int
+    ) -> tuple[TrainState, TrainMetrics]:
+        """Takes steps until ``state.step`` is ``stop``.
+
+        Args:
+          state: the state, which is donated: do not use it again.
+          sums: the metrics of the epoch so far.
+          stop: a step of this epoch, or the first of the next.
+        """
+
+    def evaluate(
+        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> Metrics | None:
+        """Metrics over the whole test set, each example counted once; None if interrupted."""
+
+    def iterator_state(self) -> dict[str, Any]:
+        """The place in the training data after the last step, as JSON has it."""
+
+    def restore(self, iterator_state: dict[str, Any], step: int) -> None:
+        """Goes to a place that :meth:`iterator_state` gave, after step number ``step``."""
+
+    def unreadable(self, trained: Metrics, tested: Metrics) -> int | None:
+        """How many images of an epoch and its evaluation could not be read, if that can be."""
+
+    def close(self) -> None:
+        """Ends what works for the feed in the background."""
+
+
+class ResidentFeed:
+    """Trains and tests on data that each device holds, with the batches made inside jit.
+
+    XLA's CPU backend runs a loop whose length it knows on one thread, and one until an argument
+    on all of them. So lengths are arguments here, and one program serves every length. But its
+    convolutions have one thread in any loop; networks that have some take their steps one by one
+    on a CPU. The data are arguments too: captured, they would be constants of the program.
+
+    Attributes:
+      steps_per_epoch: full batches in the training set.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        data: Arrays,
+        *,
+        train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]],
+        eval_step: Callable[[TrainState, Batch], Metrics],
+        key: jax.Array,
+        train_bs: int,
+        test_bs: int,
+        dtype: jax.typing.DTypeLike,
+        mesh: Mesh,
+        shardings: TrainState,
+        convolutional: bool,
+    ):
+        """Builds the programs; each compiles when first called.
+
+        Args:
+          spec: the data set.
+          data: its arrays, on the host.
+          train_step: as in :mod:`training.step`, without the static arguments.
+          eval_step: likewise.
+          key: for shuffling and augmentation.
+          train_bs: examples in a training batch.
+          test_bs: examples in a test batch.
+          dtype: of the pictures that the network is given, and of the metrics.
+          mesh: of the devices, which each hold the data, and share the examples of a batch.
+          shardings: of the state.
+          convolutional: whether the network has convolutions.
+        """
+        self.steps_per_epoch = len(data.train.labels) // train_bs
+        self._eval_steps = -(-len(data.test.labels) // test_bs)
+        everywhere, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
+        # Each process has all of the data, and gives its own devices what they are to hold.
+        place = lambda x: jax.make_array_from_process_local_data(everywhere, x, x.shape)
+        self._train, self._test = jax.tree.map(place, (data.train, data.test))
+        self._zero_metrics = sharding.make(everywhere, lambda: metrics.zero_train_metrics(dtype))
+        self._zero_eval_metrics = sharding.make(everywhere, lambda: metrics.zero_metrics(dtype))
+        self._shuffle_key, self._augment_key = jax.random.split(key)
+        self._order_of_epoch: tuple[int, jax.Array] | None = None
+        self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
+
+        def shuffle(key: jax.Array, epoch: jax.Array) -> jax.Array:
+            return resident.epoch_order(key, epoch, len(data.train.labels))
+
+        def step(
+            state: TrainState, sums: TrainMetrics, split: Split, order: jax.Array, key: jax.Array
+        ) -> tuple[TrainState, TrainMetrics]:
+            index = state.step % self.steps_per_epoch
+            batch_key = jax.random.fold_in(key, state.step)
+            batch = resident.train_batch(spec, split, order, index, batch_key, train_bs, dtype)
+            batch = jax.lax.with_sharding_constraint(batch, over_batch)
+            state, measured = train_step(state, batch)
+            return state, metrics.add_train(sums, measured)
+
+        def steps(
+            state: TrainState,
+            sums: TrainMetrics,
+            split: Split,
+            order: jax.Array,
+            key: jax.Array,
+            stop: jax.Array,
+        ) -> tuple[TrainState, TrainMetrics]:
+            return jax.lax.while_loop(
+                lambda carry: _unfinished(*carry, stop),
+                lambda carry: step(*carry, split, order, key),
+                (state, sums),
+            )
+
+        def score(state: TrainState, sums: Metrics, split: Split, index: jax.Array) -> Metrics:
+            batch = resident.eval_batch(spec, split, index, test_bs, dtype)
+            batch = jax.lax.with_sharding_constraint(batch, over_batch)
+            return metrics.add(sums, eval_step(state, batch))
+
+        def scores(state: TrainState, sums: Metrics, split: Split, stop: jax.Array) -> Metrics:
+            one = lambda index, sums: score(state, sums, split, index)
+            total: Metrics = jax.lax.fori_loop(0, stop, one, sums)
+            return total
+
+        self._shuffle = jax.jit(shuffle, out_shardings=everywhere)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        self._steps = jax.jit(steps, donate_argnums=0, out_shardings=(shardings, everywhere))
+        self._score = jax.jit(score, out_shardings=everywhere)
+        self._scores = jax.jit(scores, out_shardings=everywhere)
+
+    def compile(self, state: TrainState) -> TrainState:
+        """Compiles everything, so that no epoch is timed with it. The state is donated."""
+        order, sums = self._order_of(0), self._zero_metrics
+        train, test = self._train, self._test
+        if self._one_by_one:
+            # There is no calling a step without taking it: a copy of the state takes it.
+            self._step(jax.tree.map(jnp.copy, state), sums, train, order, self._augment_key)
+            self._score(state, self._zero_eval_metrics, test, 0)
+        else:
+            # Loops that end where they start.
+            state, _ = self._steps(state, sums, train, order, self._augment_key, 0)
+            self._scores(state, self._zero_eval_metrics, test, 0)
+        ready: TrainState = jax.block_until_ready(state)
+        return ready
+
+    def zero_metrics(self) -> TrainMetrics:
+        """What an epoch's sums start from."""
+        return self._zero_metrics
+
+    def train(
+        self, state: TrainState, sums: TrainMetrics, stop: int
+    ) -> tuple[TrainState, TrainMetrics]:
+        """Takes steps until ``state.step`` is ``stop`` or one is not finite.
+
+        Args:
+          state: donated, so not to be used again.
+          sums: metrics of the epoch so far.
+          stop: a step of this epoch, or the first of the next.
+        """
+        order = self._order_of((stop - 1) // self.steps_per_epoch)
+        if not self._one_by_one:
+            state, sums = self._steps(state, sums, self._train, order, self._augment_key, stop)
+            return state, sums
+        # Waiting for each step costs nothing where the device is the host.
+        while _unfinished(state, sums, stop):
+            state, sums = self._step(state, sums, self._train, order, self._augment_key)
+        return state, sums
+
+    def evaluate(
+        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> Metrics | None:
+        """Metrics over the whole test set, each example counted once; None if interrupted."""
+        sums: Metrics = self._zero_eval_metrics
+        if not self._one_by_one:
+            sums = self._scores(state, sums, self._test, self._eval_steps)
+            return sums
+        for index in range(self._eval_steps):
+            if interrupted():
+                return None
+            sums = self._score(state, sums, self._test, index)
+        return sums
+
+    def iterator_state(self) -> dict[str, Any]:
+        """Nothing: the place in the data follows from the step."""
+        return {}
+
+    def restore(self, iterator_state: dict[str, Any], step: int) -> None:
+        """There is nothing to do."""
+
+    def unreadable(self, trained: Metrics, tested: Metrics) -> None:
+        """All of the data have been read already."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def _order_of(self, epoch: int) -> jax.Array:
+        """The order of the training examples in an epoch, the first being 0."""
+        if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
+            # Epochs have been counted from 1 in the stream of random numbers.
+            self._order_of_epoch = epoch, self._shuffle(self._shuffle_key, epoch + 1)
+        return self._order_of_epoch[1]
+
+
+def _unfinished(state: TrainState, sums: TrainMetrics, stop: jax.typing.ArrayLike) -> jax.Array:
+    return (state.step < stop) & metrics.finite(sums)
+
+
+class StreamedFeed:
+    """Trains and tests on batches that arrive while the step before them is taken.
+
+    Attributes:
+      steps_per_epoch: full batches in the training set.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        train: Stream,
+        test: Stream,
+        sources: Sources,
+        *,
+        train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]],
+        eval_step: Callable[[TrainState, Batch], Metrics],
+        train_bs: int,
+        test_bs: int,
+        dtype: jax.typing.DTypeLike,
+        mesh: Mesh,
+        shardings: TrainState,
+    ):
+        """Builds the programs; they compile in :meth:`compile`.
+
+        Args:
+          spec: the data set.
+          train: its training batches, from :func:`input_pipeline.streaming.train_stream`.
+          test: its test batches, likewise.
+          sources: of both, to name their records.
+          train_step: as in :mod:`training.step`, without the static arguments.
+          eval_step: likewise.
+          train_bs: examples in a training batch.
+          test_bs: examples in a test batch.
+          dtype: of the pictures that the network is given, and of the metrics.
+          mesh: of the devices, which share the examples of a batch.
+          shardings: of the state.
+        """
+        self.steps_per_epoch = sources.train.size // train_bs
+        self._eval_steps = -(-sources.test.size // test_bs)
+        self._spec, self._sources = spec, sources
+        self._train, self._test = train, test
+        self._batch_sizes = train_bs, test_bs
+        self._over_batch = sharding.over_batch(mesh)
+        everywhere = sharding.replicated(mesh)
+        self._zero_metrics = sharding.make(everywhere, lambda: metrics.zero_train_metrics(dtype))
+        self._zero_eval_metrics = sharding.make(everywhere, lambda: metrics.zero_metrics(dtype))
+        self._steps_taken = 0
+        self._reported: set[str] = set()
+
+        def prepared(batch: Batch) -> Batch:
+            images = normalise(spec, batch.images, dtype)
+            return Batch(images, batch.labels, batch.weights.astype(dtype))
+
+        def step(
+            state: TrainState, sums: TrainMetrics, batch: Batch
+        ) -> tuple[TrainState, TrainMetrics]:
+            state, measured = train_step(state, prepared(batch))
+            return state, metrics.add_train(sums, measured)
+
+        def score(state: TrainState, sums: Metrics, batch: Batch) -> Metrics:
+            return metrics.add(sums, eval_step(state, prepared(batch)))
+
+        self._step: Any = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+        self._score: Any = jax.jit(score, out_shardings=everywhere)
+
+    def compile(self, state: TrainState) -> TrainState:
+        """Compiles both programs, while the first batches are being decoded."""
+        self._train.start_prefetch()
+        self._test.start_prefetch()
+        train, test = (self._abstract_batch(size) for size in self._batch_sizes)
+        self._step = self._step.lower(state, self._zero_metrics, train).compile()
+        self._score = self._score.lower(state, self._zero_eval_metrics, test).compile()
+        ready: TrainState = jax.block_until_ready(state)
+        return ready
+
+    def zero_metrics(self) -> TrainMetrics:
+        """What an epoch's sums start from."""
+        return self._zero_metrics
+
+    def train(
+        self, state: TrainState, sums: TrainMetrics, stop: int
+    ) -> tuple[TrainState, TrainMetrics]:
+        """Takes steps until there have been ``stop``.
+
+        Args:
+          state: donated, so not to be used again.
+          sums: metrics of the epoch so far.
+          stop: a step of this epoch, or the first of the next.
+        """
+        for _ in range(stop - self._steps_taken):
+            batch, unreadable = next(self._train)
+            self._report(self._sources.train, unreadable)
+            state, sums = self._step(state, sums, batch)
+        self._steps_taken = stop
+        return state, sums
+
+    def evaluate(
+        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
+    ) -> Metrics | None:
+        """Metrics over the whole test set, each example counted once; None if interrupted.
+
+        The test pictures do not begin again after an interruption.
+        """
+        sums = self._zero_eval_metrics
+        for _ in range(self._eval_steps):
+            if interrupted():
+                return None
+            batch, unreadable = next(self._test)
+            self._report(self._sources.test, unreadable)
+            sums = self._score(state, sums, batch)
+        return sums
+
+    def iterator_state(self) -> dict[str, Any]:
+        """The place in the training data after the last step, as JSON has it."""
+        return self._train.get_state()
+
+    def restore(self, iterator_state: dict[str, Any], step: int) -> None:
+        """Goes to a place that :meth:`iterator_state` gave, after step number ``step``."""
+        self._train.set_state(iterator_state)
+        self._steps_taken = step
+
+    def unreadable(self, trained: Metrics, tested: Metrics) -> int:
+        """How many pictures of an epoch and its test could not be read, by any process."""
+        expected = self.steps_per_epoch * self._batch_sizes[0] + self._sources.test.size
+        return round(expected - float(trained.examples) - float(tested.examples))
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._train.close()
+        self._test.close()
+        # Frames of the threads that have ended hold Grain's shared memory, in cycles.
+        gc.collect()
+
+    def _abstract_batch(self, size: int) -> Batch:
+        def like(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
+            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=self._over_batch)
+
+        images = like(self._spec.image_shape, jnp.uint8)
+        return Batch(images, like((), jnp.int32), like((), jnp.float32))
+
+    def _report(self, source: Source, unreadable: np.ndarray) -> None:
+        """Names each picture that could not be read, once."""
+        for name in sorted({source.name(int(index)) for index in unreadable} - self._reported):
+            log.warning("left out, as it cannot be read: %s", name)
+            self._reported.add(name)

@@ -1,0 +1,335 @@
+"""A run from its config to its report, and the evaluation of one that has ended."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from input_pipeline import resident
+from input_pipeline.resident import Arrays
+from training import compilation_cache, loop, metrics, multihost, sharding, state, step, workdir
+from training.checkpoints import reading
+from training.checkpoints.saving import Saver, Snapshot
+from training.config import IDENTITY, TrainConfig
+from training.errors import ConfigError
+from training.feeds import Feed, ResidentFeed, StreamedFeed
+from training.records import EpochRecord
+from training.reporting import console
+from training.reporting.console import EvalResult
+from training.reporting.reporter import Reporter, SilentReporter
+from training.state import Graph, TrainState
+from training.step import LOSSES
+
+if TYPE_CHECKING:
+    from input_pipeline.streaming import Sources, Stream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ends with.
+
+    Attributes:
+      workdir: the folder with its files.
+      records: its epochs.
+      graphdef: ``nnx.merge(graphdef, state.params, state.batch_stats)`` is the network.
+      state: the training state after the last step.
+    """
+
+    workdir: Path
+    records: list[EpochRecord]
+    graphdef: Graph
+    state: TrainState
+
+
+class Plan(NamedTuple):
+    """What is trained and how, before anything is computed.
+
+    Attributes:
+      config: the config of the run.
+      mesh: the devices.
+      graphdef: the static part of the network.
+      tx: the optimiser.
+      abstract_state: the shapes of the training state, with their shardings.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    graphdef: Graph
+    tx: optax.GradientTransformation
+    abstract_state: TrainState
+
+    @property
+    def shardings(self) -> TrainState:
+        """Where each array of the state is."""
+        shardings: TrainState = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return shardings
+
+    def create_train_state(self) -> TrainState:
+        """Makes the state that training starts from, on the mesh."""
+        return state.create_train_state(self.config, self.tx, self.shardings)
+
+
+def train(config: TrainConfig) -> Result:
+    """Trains a network as the config says, from where an earlier run in its workdir left off.
+
+    Raises:
+      ConfigError: if a flag cannot be followed.
+      DataError: if the data set cannot be had.
+      NonFiniteError: if the loss or the gradient stops being finite.
+      SaveError: if the end could not be saved.
+      Stopped: if a signal asked for it, once all is saved.
+    """
+    config = config.resolved()
+    start(config)
+    folder = Path(multihost.broadcast_from_primary(lambda: os.fspath(workdir.choose(config))))
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        plan = enter(planned(config))
+        data = load_data(config)
+        _check_batch_fits(config, data)
+        hold = lambda: enter(workdir.held(folder, config.restart))
+        aside = multihost.broadcast_from_primary(hold)
+        saver = enter(Saver(folder, config, (data.train.size, data.test.size), data.classes))
+        feed = enter(contextlib.closing(make_feed(plan, data)))
+        saved = saver.restore(plan.abstract_state, feed.zero_metrics())
+        records = saved.records if saved else []
+        if saved:
+            _check_epochs(config, saved, feed.steps_per_epoch)
+            feed.restore(saved.iterator_state, saved.step)
+
+        facts = describe(plan, data, saved, aside)
+        speaks = multihost.is_primary()
+        reporter = enter(Reporter(config, folder, facts, records) if speaks else SilentReporter())
+        if len(records) < config.epochs:
+            reporter.compiling()
+        snapshot = saved or _beginning(plan, feed)
+        if len(records) < config.epochs:
+            snapshot = loop.train_epochs(feed, snapshot, config.epochs, reporter, saver)
+    return Result(folder, snapshot.records, plan.graphdef, snapshot.state)
+
+
+def evaluate(given: TrainConfig) -> list[EvalResult]:
+    """Evaluates the best and the last checkpoint of a run, and prints what they reach.
+
+    Args:
+      given: its workdir, and where and how to evaluate. What the network is comes from the
+        checkpoint.
+
+    Raises:
+      ConfigError: if there is no checkpoint, or it is of another run than the flags say.
+      DataError: if the data set cannot be had.
+    """
+    given = given.to_evaluate()
+    start(given)
+    assert given.workdir is not None  # As to_evaluate has checked.
+    folder = given.workdir.expanduser()
+    config = _merged(given, reading.saved_config(folder))
+    with planned(config) as plan:
+        data = load_data(config)
+        with contextlib.closing(make_feed(plan, data)) as feed:
+            results = _evaluate(plan, feed, folder)
+    if multihost.is_primary():
+        console.print_results(results)
+    return results
+
+
+def _evaluate(plan: Plan, feed: Feed, folder: Path) -> list[EvalResult]:
+    target = {
+        "params": plan.abstract_state.params,
+        "batch_stats": plan.abstract_state.batch_stats,
+    }
+
+    def result(which: reading.Which, saved: reading.Saved) -> EvalResult:
+        sums = feed.evaluate(TrainState(step=jnp.int32(saved.step), opt_state=(), **saved.model))
+        averages = metrics.averages(jax.device_get(sums))
+        return EvalResult(which, saved.step, saved.step / feed.steps_per_epoch, **averages)
+
+    saved = reading.read_last(folder, target)
+    last = result("last", saved)
+    try:
+        best = reading.read_best(folder, target, saved)
+    except ConfigError as error:
+        log.warning("%s", error)
+        return [last]
+    if best.step == last.step:
+        return [last._replace(which="best"), last]
+    return [result("best", best), last]
+
+
+def start(config: TrainConfig) -> None:
+    """Meets the other processes, and finds the devices.
+
+    Raises:
+      ConfigError: if there are none.
+    """
+    sharding.use_platform(config.platform)
+    multihost.initialize(config)
+    try:
+        sharding.find_devices(config.platform)
+    except ConfigError as error:
+        if not config.distribute:
+            raise
+        multihost.leave(str(error))
+    multihost.introduce()
+
+
+@contextlib.contextmanager
+def planned(config: TrainConfig) -> Iterator[Plan]:
+    """Plans what is trained, in the precision that the config asks for while it is open."""
+    with jax.enable_x64(config.precision == "f64"):
+        mesh = sharding.make_mesh(config)
+        compilation_cache.enable(mesh.devices.flat[0].platform)
+        yield make_plan(config, mesh)
+
+
+def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
+    """Plans what is trained on a mesh."""
+    graphdef, *_ = state.abstract_network(config)
+    tx = state.create_optimizer(config)
+    return Plan(config, mesh, graphdef, tx, sharding.place(mesh, state.abstract_state(config, tx)))
+
+
+def load_data(config: TrainConfig) -> "Arrays | Sources":
+    """Loads a small data set, or finds a large one."""
+    spec = config.spec
+    if not spec.streamed:
+        return resident.load(spec, config.data_dir)
+    from input_pipeline import imagenet, streaming
+
+    if spec.loader == "noise":
+        return streaming.noise_sources(config.train_bs, config.test_bs)
+    return imagenet.find(spec, config.data_dir)
+
+
+def make_feed(plan: Plan, data: "Arrays | Sources") -> Feed:
+    """Puts the data on the devices, or on their way, and builds the programs that use them."""
+    config = plan.config
+    loss = LOSSES[config.loss or config.spec.loss]
+    common = {
+        "train_step": functools.partial(step.train_step, plan.graphdef, plan.tx, loss),
+        "eval_step": functools.partial(step.eval_step, plan.graphdef, loss),
+        "train_bs": config.train_bs,
+        "test_bs": config.test_bs,
+        "dtype": state.DTYPES[config.precision][1],
+        "mesh": plan.mesh,
+        "shardings": plan.shardings,
+    }
+    if not isinstance(data, Arrays):
+        return StreamedFeed(config.spec, *_open_streams(plan, data), data, **common)
+    return ResidentFeed(
+        config.spec,
+        data,
+        # The starting weights are drawn from the seed's key itself.
+        key=jax.random.fold_in(jax.random.key(config.seed), 1),
+        convolutional=any(p.ndim == 4 for p in jax.tree.leaves(plan.abstract_state.params)),
+        **common,
+    )
+
+
+def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
+    """The training and the test batches of a large data set."""
+    from input_pipeline import streaming
+
+    config, split = plan.config, sharding.over_batch(plan.mesh)
+    if config.spec.loader == "noise":
+        noise = functools.partial(streaming.NoiseStream, config.spec, sharding=split)
+        return noise(config.train_bs), noise(config.test_bs)
+    workers = streaming.default_workers() if config.workers is None else config.workers
+    train = streaming.train_stream(
+        config.spec,
+        data.train,
+        seed=config.seed,
+        epochs=config.epochs,
+        batch_size=config.train_bs,
+        sharding=split,
+        workers=workers,
+    )
+    evaluation = streaming.eval_stream(
+        config.spec, data.test, batch_size=config.test_bs, sharding=split, workers=workers
+    )
+    return train, evaluation
+
+
+def _beginning(plan: Plan, feed: Feed) -> Snapshot:
+    state = plan.create_train_state()
+    return Snapshot(0, state, feed.zero_metrics(), 0, [], feed.iterator_state())
+
+
+def describe(
+    plan: Plan, data: "Arrays | Sources", saved: Snapshot | None, aside: str
+) -> dict[str, str]:
+    """What was resolved, as the first lines of a run say it.
+
+    Args:
+      plan: what is trained.
+      data: what it is trained on.
+      saved: where the run goes on, if it does.
+      aside: where an earlier run's files have been moved, if they have.
+    """
+    config, leaves = plan.config, jax.tree.leaves(plan.abstract_state.params)
+    device, size = plan.mesh.devices.flat[0], plan.mesh.devices.size
+    train, test = data.train.size, data.test.size
+    pixels = " x ".join(map(str, config.spec.image_shape))
+    batches = f"{train // config.train_bs:,} steps of {config.train_bs} pictures"
+    facts = {
+        "devices": f"{size} x {device.platform} ({device.device_kind})"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
+        + (f", mesh {config.mesh}" if config.mesh else ""),
+        "data": f"{config.dataset}, {train:,} training and {test:,} test pictures of {pixels}",
+        "network": f"{config.arch}, {sum(p.size for p in leaves):,} parameters in "
+        f"{len(leaves)} tensors",
+        "training": f"{config.epochs} epochs of {batches}, {config.loss}, {config.precision}, "
+        f"seed {config.seed}",
+    }
+    if saved:
+        done = f"{len(saved.records)} epochs done"
+        facts["resumed"] = f"after step {saved.step:,}, with {done}"
+        if len(saved.records) >= config.epochs:
+            facts["resumed"] = f"{done} already, nothing is left to do; more --epochs go on"
+    if aside:
+        facts["set aside"] = f"the earlier run, in {aside}"
+    return facts
+
+
+def _check_batch_fits(config: TrainConfig, data: "Arrays | Sources") -> None:
+    """Raises ConfigError if there is no full batch in the training set."""
+    size = data.train.size
+    if config.train_bs > size:
+        raise ConfigError(
+            f"--train_bs {config.train_bs}: larger than the training set of {config.dataset}; "
+            f"it may be 1 to {size}"
+        )
+
+
+def _check_epochs(config: TrainConfig, saved: Snapshot, steps_per_epoch: int) -> None:
+    """Raises ConfigError if a run has been trained for longer than it is asked to be."""
+    epochs = -(-saved.step // steps_per_epoch)
+    if epochs > config.epochs:
+        raise ConfigError(
+            f"--epochs {config.epochs}: the run in {config.workdir} is in epoch {epochs} already; "
+            f"give --epochs {epochs} or more, another --workdir, or --restart"
+        )
+
+
+def _merged(given: TrainConfig, saved: TrainConfig) -> TrainConfig:
+    """The config of a run, tested where and how the flags say."""
+    defaults = TrainConfig()
+    explicit = [name for name in IDENTITY if getattr(given, name) != getattr(defaults, name)]
+    given.check_same_run(saved, explicit)
+    return dataclasses.replace(
+        given,
+        **{name: getattr(saved, name) for name in IDENTITY},
+        data_dir=saved.data_dir if given.data_dir is None else given.data_dir,
+    ).resolved()
