@@ -8,19 +8,19 @@ from typing import Any
 
 import jax
 
-# Programs that compile faster are not worth a file.
+# Programs that compile in less time are not worth a file.
 MIN_SECONDS = 0.1
 
 
 def enable(platform: str) -> None:
     """Enables the cache, in ``$XDG_CACHE_HOME/agd-jax`` or ``~/.cache/agd-jax``.
 
-    Does nothing where JAX has been told of a folder (``$JAX_COMPILATION_CACHE_DIR``) or not to use
-    the cache (``$JAX_ENABLE_COMPILATION_CACHE``), where the folder cannot be written, and on CPUs
-    that cannot use what is cached.
+    Does nothing if JAX has a cache folder already (``$JAX_COMPILATION_CACHE_DIR``), if the cache is
+    disabled (``$JAX_ENABLE_COMPILATION_CACHE``), if the folder cannot be written, or on CPUs that
+    cannot use cached programs.
 
     Args:
-      platform: the kind of the devices, "cpu", "gpu" or "tpu".
+      platform: the kind of the devices: "cpu", "gpu" or "tpu".
     """
     config: Any = jax.config  # Its flags are declared at run time.
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
@@ -42,10 +42,10 @@ def enable(platform: str) -> None:
 
 
 def _reusing_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """A name for CPUs that understand the same instructions; None where none can be reused.
+    """Returns a name shared by CPUs with the same instructions; None if programs cannot be reused.
 
-    XLA rejects with many lines what it has compiled for Intel's CPUs (jax-ml/jax#38445), and can
-    crash on what it has for Apple's.
+    XLA rejects cached programs for Intel CPUs, with many lines of output (jax-ml/jax#38445), and
+    can crash on those for Apple CPUs.
     """
     if sys.platform != "linux" or not cpuinfo.exists():
         return None

@@ -1,10 +1,10 @@
-"""Writes what a run has learnt into one file of safetensors, which any framework reads.
+"""Exports a trained network to one safetensors file, which any framework can read.
 
     ./run export runs/cifar10-resnet18 resnet18.safetensors
 
-Its tensors are the parameters, ``blocks.0.convs.1.kernel``, and BatchNorm's running averages,
-``blocks.0.norms.1.mean``, in Flax's axis order. Its metadata, each a piece of JSON, say how to use
-them: see :func:`metadata`.
+The tensors are the parameters, such as ``blocks.0.convs.1.kernel``, and BatchNorm's running
+averages, such as ``blocks.0.norms.1.mean``, in Flax's axis order. The metadata, each value in JSON,
+tell how to use them: see :func:`metadata`.
 """
 
 import json
@@ -38,12 +38,12 @@ class Options:
 
 
 def metadata(trained: "Trained") -> dict[str, str]:
-    """What the metadata of a file say, as JSON, of the network and of the images it takes.
+    """Returns the metadata of a file, in JSON, on the network and the images it takes.
 
-    ``config``, all flags; ``step``; ``image_shape``, ``(height, width, channels)`` without the
-    batch; ``mean`` and ``std`` of each channel, the network's input being
-    ``(pixel / 255 - mean) / std``; ``dtype``, in which the network computes; ``classes``, their
-    names in the order of the logits.
+    These are ``config``: all flags; ``step``: the step after which the network was saved;
+    ``image_shape``: ``(height, width, channels)``, without the batch; ``mean`` and ``std``: those
+    of each channel, where the network's input is ``(pixel / 255 - mean) / std``; ``dtype``: the
+    dtype in which the network computes; ``classes``: the class names, in the order of the logits.
     """
     import numpy as np
 
@@ -66,16 +66,16 @@ def export(workdir: Path, file: Path, which: "Which" = "best") -> int:
     """Writes the file, whole or not at all.
 
     Args:
-      workdir: of a run.
-      file: to write; one that is there is replaced.
+      workdir: the folder of the run.
+      file: the file to write; an existing file is replaced.
       which: "best" or "last", as in :func:`training.checkpoints.load`.
 
     Returns:
       The number of tensors.
 
     Raises:
-      ConfigError: if there is no such checkpoint, or the file cannot be written, or has the name of
-        another format.
+      ConfigError: if there is no such checkpoint, or the file cannot be written, or its name does
+        not end in :data:`SUFFIX`.
     """
     if not file.name.endswith(SUFFIX):
         raise ConfigError(f"{file}: is written as safetensors; give a name that ends in {SUFFIX}")
@@ -98,12 +98,12 @@ def export(workdir: Path, file: Path, which: "Which" = "best") -> int:
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 if it was asked for in a wrong way."""
+    """Exports a network as the flags say. Returns the exit code: 0, or 2 on a ConfigError."""
     options = parse(Options, "./run export")
     logging.basicConfig(format="%(message)s")
     import jax
 
-    # Arrays on their way into a file need no accelerator, which may be busy.
+    # Writing arrays to a file needs no accelerator, which may be busy.
     jax.config.update("jax_platforms", "cpu")
     try:
         count = export(options.workdir, options.file, options.which)

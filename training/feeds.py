@@ -1,7 +1,7 @@
-"""Data on their way into a training step: from the devices, or from the host.
+"""Feeds of training data: held on the devices, or streamed from the host.
 
-A feed owns its data and the compiled programs that use them, so that the loop over epochs knows no
-difference between the two kinds.
+A feed owns its data and the compiled programs that use them, so the loop over epochs treats both
+kinds alike.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EvalStep = Callable[[TrainState, Batch], Metrics]
 
 
 class Feed(Protocol):
-    """What the loop over epochs needs of a data set.
+    """The interface between a data set and the loop over epochs.
 
     Attributes:
       steps_per_epoch: the number of full batches in the training set.
@@ -43,10 +43,10 @@ class Feed(Protocol):
     steps_per_epoch: int
 
     def compile(self, state: TrainState) -> TrainState:
-        """Compiles every program, so that no epoch is timed with it. The state is donated."""
+        """Compiles every program, to keep that time out of the epochs. The state is donated."""
 
     def zero_metrics(self) -> TrainMetrics:
-        """The sums that an epoch starts from, on the devices."""
+        """Returns the zero sums that an epoch starts from, on the devices."""
 
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int
@@ -54,39 +54,39 @@ class Feed(Protocol):
         """Takes steps until ``state.step`` is ``stop``.
 
         Args:
-          state: the state, which is donated: do not use it again.
+          state: the training state, which is donated: do not use it again.
           sums: the metrics of the epoch so far.
-          stop: a step of this epoch, or the first of the next.
+          stop: a step of this epoch, or the first step of the next.
         """
 
     def evaluate(
         self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
     ) -> Metrics | None:
-        """Metrics over the whole test set, each example counted once; None if interrupted."""
+        """Returns the metrics of the test set, each example counted once; None if interrupted."""
 
     def iterator_state(self) -> dict[str, Any]:
-        """The place in the training data after the last step, as JSON has it."""
+        """Returns the position in the training data after the last step, as JSON values."""
 
     def restore(self, iterator_state: dict[str, Any], step: int) -> None:
-        """Goes to a place that :meth:`iterator_state` gave, after step number ``step``."""
+        """Goes to a position from :meth:`iterator_state`, saved after step number ``step``."""
 
     def unreadable(self, trained: Metrics, tested: Metrics) -> int | None:
-        """How many images of an epoch and its evaluation could not be read, if that can be."""
+        """Returns the number of unreadable images in an epoch and its evaluation, if applicable."""
 
     def close(self) -> None:
-        """Ends what works for the feed in the background."""
+        """Stops the background work of the feed."""
 
 
 class ResidentFeed:
-    """Trains and tests on data that each device holds, with the batches made inside jit.
+    """Trains and evaluates on data that each device holds, with the batches made inside jit.
 
-    XLA's CPU backend runs a loop whose length it knows on one thread, and one until an argument
-    on all of them. So lengths are arguments here, and one program serves every length. But its
-    convolutions have one thread in any loop; networks that have some take their steps one by one
-    on a CPU. The data are arguments too: captured, they would be constants of the program.
+    XLA's CPU backend runs a loop of known length on one thread, and a loop whose length is an
+    argument on all threads. So lengths are arguments here, and one program serves every length.
+    But convolutions run on one thread in any loop, so convolutional networks take their steps one
+    by one on a CPU. The data are arguments too: captured, they would be constants of the program.
 
     Attributes:
-      steps_per_epoch: full batches in the training set.
+      steps_per_epoch: the number of full batches in the training set.
     """
 
     def __init__(
@@ -107,22 +107,22 @@ class ResidentFeed:
         """Builds the programs; each compiles when first called.
 
         Args:
-          spec: the data set.
-          data: its arrays, on the host.
-          train_step: as in :mod:`training.step`, without the static arguments.
-          eval_step: likewise.
-          key: for shuffling and augmentation.
-          train_bs: examples in a training batch.
-          test_bs: examples in a test batch.
-          dtype: of the pictures that the network is given, and of the metrics.
-          mesh: of the devices, which each hold the data, and share the examples of a batch.
-          shardings: of the state.
+          spec: the spec of the data set.
+          data: the arrays of the data set, on the host.
+          train_step: the function in :mod:`training.step`, without its static arguments.
+          eval_step: the function in :mod:`training.step`, without its static arguments.
+          key: the random key for shuffling and augmentation.
+          train_bs: examples per training batch.
+          test_bs: examples per test batch.
+          dtype: the dtype of the images that the network is given, and of the metrics.
+          mesh: the mesh of the devices, which each hold the data, and share each batch.
+          shardings: the shardings of the state.
           convolutional: whether the network has convolutions.
         """
         self.steps_per_epoch = len(data.train.labels) // train_bs
         self._eval_steps = -(-len(data.test.labels) // test_bs)
         everywhere, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
-        # Each process has all of the data, and gives its own devices what they are to hold.
+        # Each process has all of the data, and fills its own devices.
         place = lambda x: jax.make_array_from_process_local_data(everywhere, x, x.shape)
         self._train, self._test = jax.tree.map(place, (data.train, data.test))
         self._zero_metrics = sharding.make(everywhere, lambda: metrics.zero_train_metrics(dtype))
@@ -175,39 +175,39 @@ class ResidentFeed:
         self._scores = jax.jit(scores, out_shardings=everywhere)
 
     def compile(self, state: TrainState) -> TrainState:
-        """Compiles everything, so that no epoch is timed with it. The state is donated."""
+        """Compiles every program, to keep that time out of the epochs. The state is donated."""
         order, sums = self._order_of(0), self._zero_metrics
         train, test = self._train, self._test
         if self._one_by_one:
-            # There is no calling a step without taking it: a copy of the state takes it.
+            # To call the step is to take it, so it is taken on a copy of the state.
             self._step(jax.tree.map(jnp.copy, state), sums, train, order, self._augment_key)
             self._score(state, self._zero_eval_metrics, test, 0)
         else:
-            # Loops that end where they start.
+            # Loops of no steps.
             state, _ = self._steps(state, sums, train, order, self._augment_key, 0)
             self._scores(state, self._zero_eval_metrics, test, 0)
         ready: TrainState = jax.block_until_ready(state)
         return ready
 
     def zero_metrics(self) -> TrainMetrics:
-        """What an epoch's sums start from."""
+        """Returns the zero sums that an epoch starts from."""
         return self._zero_metrics
 
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int
     ) -> tuple[TrainState, TrainMetrics]:
-        """Takes steps until ``state.step`` is ``stop`` or one is not finite.
+        """Takes steps until ``state.step`` is ``stop`` or a step is not finite.
 
         Args:
-          state: donated, so not to be used again.
-          sums: metrics of the epoch so far.
-          stop: a step of this epoch, or the first of the next.
+          state: the training state, which is donated: do not use it again.
+          sums: the metrics of the epoch so far.
+          stop: a step of this epoch, or the first step of the next.
         """
         order = self._order_of((stop - 1) // self.steps_per_epoch)
         if not self._one_by_one:
             state, sums = self._steps(state, sums, self._train, order, self._augment_key, stop)
             return state, sums
-        # Waiting for each step costs nothing where the device is the host.
+        # Waiting for each step costs nothing, as the device is the host.
         while _unfinished(state, sums, stop):
             state, sums = self._step(state, sums, self._train, order, self._augment_key)
         return state, sums
@@ -215,7 +215,7 @@ class ResidentFeed:
     def evaluate(
         self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
     ) -> Metrics | None:
-        """Metrics over the whole test set, each example counted once; None if interrupted."""
+        """Returns the metrics of the test set, each example counted once; None if interrupted."""
         sums: Metrics = self._zero_eval_metrics
         if not self._one_by_one:
             sums = self._scores(state, sums, self._test, self._eval_steps)
@@ -227,22 +227,22 @@ class ResidentFeed:
         return sums
 
     def iterator_state(self) -> dict[str, Any]:
-        """Nothing: the place in the data follows from the step."""
+        """Returns an empty dict: the position in the data follows from the step."""
         return {}
 
     def restore(self, iterator_state: dict[str, Any], step: int) -> None:
-        """There is nothing to do."""
+        """Does nothing: the position in the data follows from the step."""
 
     def unreadable(self, trained: Metrics, tested: Metrics) -> None:
-        """All of the data have been read already."""
+        """Returns None: all of the data have been read already."""
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Does nothing: there is no background work."""
 
     def _order_of(self, epoch: int) -> jax.Array:
-        """The order of the training examples in an epoch, the first being 0."""
+        """Returns the order of the training examples in an epoch, counted from 0."""
         if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
-            # Epochs have been counted from 1 in the stream of random numbers.
+            # The random numbers are derived from epochs counted from 1.
             self._order_of_epoch = epoch, self._shuffle(self._shuffle_key, epoch + 1)
         return self._order_of_epoch[1]
 
@@ -252,10 +252,10 @@ def _unfinished(state: TrainState, sums: TrainMetrics, stop: jax.typing.ArrayLik
 
 
 class StreamedFeed:
-    """Trains and tests on batches that arrive while the step before them is taken.
+    """Trains and evaluates on batches that arrive while the previous step is taken.
 
     Attributes:
-      steps_per_epoch: full batches in the training set.
+      steps_per_epoch: the number of full batches in the training set.
     """
 
     def __init__(
@@ -276,17 +276,17 @@ class StreamedFeed:
         """Builds the programs; they compile in :meth:`compile`.
 
         Args:
-          spec: the data set.
-          train: its training batches, from :func:`input_pipeline.streaming.train_stream`.
-          test: its test batches, likewise.
-          sources: of both, to name their records.
-          train_step: as in :mod:`training.step`, without the static arguments.
-          eval_step: likewise.
-          train_bs: examples in a training batch.
-          test_bs: examples in a test batch.
-          dtype: of the pictures that the network is given, and of the metrics.
-          mesh: of the devices, which share the examples of a batch.
-          shardings: of the state.
+          spec: the spec of the data set.
+          train: the training batches, from :func:`input_pipeline.streaming.train_stream`.
+          test: the test batches, from :func:`input_pipeline.streaming.eval_stream`.
+          sources: the sources of both, used to name their records.
+          train_step: the function in :mod:`training.step`, without its static arguments.
+          eval_step: the function in :mod:`training.step`, without its static arguments.
+          train_bs: examples per training batch.
+          test_bs: examples per test batch.
+          dtype: the dtype of the images that the network is given, and of the metrics.
+          mesh: the mesh of the devices, which share each batch.
+          shardings: the shardings of the state.
         """
         self.steps_per_epoch = sources.train.size // train_bs
         self._eval_steps = -(-sources.test.size // test_bs)
@@ -317,7 +317,7 @@ class StreamedFeed:
         self._score: Any = jax.jit(score, out_shardings=everywhere)
 
     def compile(self, state: TrainState) -> TrainState:
-        """Compiles both programs, while the first batches are being decoded."""
+        """Compiles both programs while the first batches are being decoded."""
         self._train.start_prefetch()
         self._test.start_prefetch()
         train, test = (self._abstract_batch(size) for size in self._batch_sizes)
@@ -327,18 +327,18 @@ class StreamedFeed:
         return ready
 
     def zero_metrics(self) -> TrainMetrics:
-        """What an epoch's sums start from."""
+        """Returns the zero sums that an epoch starts from."""
         return self._zero_metrics
 
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int
     ) -> tuple[TrainState, TrainMetrics]:
-        """Takes steps until there have been ``stop``.
+        """Takes steps until ``stop`` have been taken in all.
 
         Args:
-          state: donated, so not to be used again.
-          sums: metrics of the epoch so far.
-          stop: a step of this epoch, or the first of the next.
+          state: the training state, which is donated: do not use it again.
+          sums: the metrics of the epoch so far.
+          stop: a step of this epoch, or the first step of the next.
         """
         for _ in range(stop - self._steps_taken):
             batch, unreadable = next(self._train)
@@ -350,9 +350,9 @@ class StreamedFeed:
     def evaluate(
         self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
     ) -> Metrics | None:
-        """Metrics over the whole test set, each example counted once; None if interrupted.
+        """Returns the metrics of the test set, each example counted once; None if interrupted.
 
-        The test pictures do not begin again after an interruption.
+        After an interruption, the test images do not start again from the first.
         """
         sums = self._zero_eval_metrics
         for _ in range(self._eval_steps):
@@ -364,24 +364,24 @@ class StreamedFeed:
         return sums
 
     def iterator_state(self) -> dict[str, Any]:
-        """The place in the training data after the last step, as JSON has it."""
+        """Returns the position in the training data after the last step, as JSON values."""
         return self._train.get_state()
 
     def restore(self, iterator_state: dict[str, Any], step: int) -> None:
-        """Goes to a place that :meth:`iterator_state` gave, after step number ``step``."""
+        """Goes to a position from :meth:`iterator_state`, saved after step number ``step``."""
         self._train.set_state(iterator_state)
         self._steps_taken = step
 
     def unreadable(self, trained: Metrics, tested: Metrics) -> int:
-        """How many pictures of an epoch and its test could not be read, by any process."""
+        """Returns the number of unreadable images in an epoch and its test, in all processes."""
         expected = self.steps_per_epoch * self._batch_sizes[0] + self._sources.test.size
         return round(expected - float(trained.examples) - float(tested.examples))
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Stops the worker processes."""
         self._train.close()
         self._test.close()
-        # Frames of the threads that have ended hold Grain's shared memory, in cycles.
+        # Frames of finished threads hold Grain's shared memory in reference cycles.
         gc.collect()
 
     def _abstract_batch(self, size: int) -> Batch:
@@ -392,7 +392,7 @@ class StreamedFeed:
         return Batch(images, like((), jnp.int32), like((), jnp.float32))
 
     def _report(self, source: Source, unreadable: np.ndarray) -> None:
-        """Names each picture that could not be read, once."""
+        """Logs the name of each image that could not be read, once."""
         for name in sorted({source.name(int(index)) for index in unreadable} - self._reported):
             log.warning("left out, as it cannot be read: %s", name)
             self._reported.add(name)

@@ -14,20 +14,20 @@ from training.records import EpochRecord, best
 from training.reporting.reporter import SilentReporter
 from training.signals import Stopped
 
-# A dispatch takes about as many steps as fit in this: few enough for a live bar and to end soon
-# when asked to, enough for the cost of a dispatch not to matter.
+# The target duration of one dispatch of steps, in seconds: short enough for a live bar and a prompt
+# stop on request, long enough for the cost of a dispatch not to matter.
 DISPATCH_SECONDS = 0.25
 
 
 def train_epochs(
     feed: Feed, snapshot: Snapshot, epochs: int, reporter: SilentReporter, saver: Saver
 ) -> Snapshot:
-    """Trains from a snapshot until there have been so many epochs, and saves the end.
+    """Trains from a snapshot until the run has the given number of epochs, and saves the result.
 
     Raises:
       NonFiniteError: if the loss or the gradient stops being finite.
-      SaveError: if the end could not be saved.
-      Stopped: if a signal asked for it, once all is saved.
+      SaveError: if the result could not be saved.
+      Stopped: if a signal asked the run to stop, once everything is saved.
     """
     start = time.perf_counter()
     snapshot = dataclasses.replace(snapshot, state=feed.compile(snapshot.state))
@@ -47,7 +47,7 @@ def train_epoch(
     saver: Saver,
     request: signals.Request,
 ) -> Snapshot:
-    """Trains to the end of the epoch that a snapshot is in, the first being 1."""
+    """Trains from a snapshot to the end of its epoch. Epochs are counted from 1."""
     epoch = len(begun.records) + 1
     last = epoch * feed.steps_per_epoch
     step, state, sums, seconds = begun.step, begun.state, begun.sums, begun.seconds
@@ -59,7 +59,7 @@ def train_epoch(
     while step < last:
         step = int(min(step + steps, last, saver.next_step(step)))
         before, (state, sums) = sums, feed.train(state, sums, step)
-        # The host waits for the dispatch before this one, the device for nothing.
+        # The host waits for the previous dispatch only, and the device waits for nothing.
         seen, seconds = jax.device_get(before), time.perf_counter() - start
         if not metrics.finite(seen):
             break
@@ -88,8 +88,8 @@ def eval_epoch(
     saver: Saver,
     request: signals.Request,
 ) -> Snapshot:
-    """Evaluates at the end of an epoch, of so many, and completes its record."""
-    # Several processes evaluate together, and end together afterwards.
+    """Evaluates at the end of an epoch, out of ``epochs`` in all, and completes its record."""
+    # Several processes finish the evaluation together, and only then stop together.
     interrupted = lambda: jax.process_count() == 1 and request.signum != 0
     eval_sums = feed.evaluate(trained.state, interrupted)
     if eval_sums is None:
@@ -125,7 +125,7 @@ def eval_epoch(
 
 
 def keep(saver: Saver, snapshot: Snapshot, signum: int) -> None:
-    """Saves, and ends the run if a signal asked for it."""
+    """Saves, and ends the run if a signal asked it to stop."""
     saver.save(snapshot)
     if signum:
         saver.finish()
@@ -133,7 +133,7 @@ def keep(saver: Saver, snapshot: Snapshot, signum: int) -> None:
 
 
 def _non_finite(sums: metrics.TrainMetrics, epoch: int, steps_per_epoch: int, saver: Saver) -> str:
-    """What the metrics of an epoch say of its first step that was not finite."""
+    """Describes the first step that was not finite, from the metrics of its epoch."""
     loss_is_finite = math.isfinite(sums.sums.loss)
     what = "gradient summary" if loss_is_finite else "loss"
     value = sums.gradient_summary if loss_is_finite else sums.sums.loss

@@ -1,4 +1,4 @@
-"""What training measures: sums that stay on the device and are fetched rarely."""
+"""The metrics of training: sums that stay on the device and are rarely fetched."""
 
 import math
 from typing import NamedTuple
@@ -11,9 +11,9 @@ class Metrics(NamedTuple):
     """Sums over examples, as scalars of one floating dtype.
 
     Attributes:
-      examples: how many there were, padding left out.
-      loss: sum of their losses.
-      correct: how many of them the network put into the right class.
+      examples: the number of examples, without padding.
+      loss: the sum of their losses.
+      correct: the number of examples that the network classified correctly.
     """
 
     examples: jax.Array
@@ -22,16 +22,16 @@ class Metrics(NamedTuple):
 
 
 class TrainMetrics(NamedTuple):
-    """The same, and what the optimiser did, as scalars of one floating dtype.
+    """The metrics of the examples and of the optimiser, as scalars of one floating dtype.
 
     Attributes:
-      sums: over the examples.
-      steps: how many there were, up to the first that was not :func:`finite`.
-      eta: sum over the steps of the automatic learning rate.
-      eta_min: the smallest.
-      eta_max: the largest.
-      eta_last: that of the last step that was finite.
-      gradient_summary: sum over the steps of G.
+      sums: the sums over the examples.
+      steps: the number of steps, up to and including the first that was not :func:`finite`.
+      eta: the sum over the steps of eta, the automatic learning rate.
+      eta_min: the smallest eta.
+      eta_max: the largest eta.
+      eta_last: the eta of the last finite step.
+      gradient_summary: the sum over the steps of the gradient summary G.
     """
 
     sums: Metrics
@@ -46,37 +46,37 @@ class TrainMetrics(NamedTuple):
 def of_batch(
     losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: jax.Array
 ) -> Metrics:
-    """Sums over one batch.
+    """Returns the sums over one batch.
 
     Args:
-      losses: ``(batch,)``, one for each example.
-      logits: ``(batch, num_classes)``.
-      labels: ``(batch,)`` integers.
-      weights: ``(batch,)``, 1 for an example and 0 for padding.
+      losses: the loss of each example, ``(batch,)``.
+      logits: the logits, ``(batch, num_classes)``.
+      labels: the labels, ``(batch,)`` integers.
+      weights: the weights, ``(batch,)``: 1 for an example, 0 for padding.
     """
     hits = (jnp.argmax(logits, axis=-1) == labels).astype(losses.dtype)
     return Metrics(jnp.sum(weights), jnp.sum(weights * losses), jnp.sum(weights * hits))
 
 
 def zero_metrics(dtype: jax.typing.DTypeLike) -> Metrics:
-    """The sums over no example."""
+    """Returns the sums over no examples."""
     return Metrics(*jnp.zeros([3], dtype))
 
 
 def zero_train_metrics(dtype: jax.typing.DTypeLike) -> TrainMetrics:
-    """The sums over no step."""
+    """Returns the sums over no steps."""
     zero, infinity = jnp.zeros([], dtype), jnp.full([], jnp.inf, dtype)
     return TrainMetrics(zero_metrics(dtype), zero, zero, infinity, -infinity, zero, zero)
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-    """Metrics of the examples of both."""
+    """Returns the metrics of the examples of both."""
     both: Metrics = jax.tree.map(jnp.add, a, b)
     return both
 
 
 def add_train(a: TrainMetrics, b: TrainMetrics) -> TrainMetrics:
-    """Metrics of the steps of both."""
+    """Returns the metrics of the steps of both."""
     both: TrainMetrics = jax.tree.map(jnp.add, a, b)
     return both._replace(
         steps=a.steps + jnp.where(finite(a), b.steps, 0),
@@ -87,19 +87,19 @@ def add_train(a: TrainMetrics, b: TrainMetrics) -> TrainMetrics:
 
 
 def finite(metrics: TrainMetrics) -> jax.Array:
-    """Whether no loss and no gradient has been infinite or not a number, a boolean scalar."""
+    """Returns a boolean scalar: whether no loss and no gradient was infinite or NaN."""
     return jnp.isfinite(metrics.sums.loss) & jnp.isfinite(metrics.gradient_summary)
 
 
 def averages(metrics: Metrics) -> dict[str, float]:
-    """Mean loss and accuracy (0 to 1), on the host; not a number if there was no example."""
+    """Returns mean loss and accuracy (0 to 1), on the host; NaN if there were no examples."""
     examples, loss, correct = map(float, metrics)
     examples = examples or math.nan
     return {"loss": loss / examples, "accuracy": correct / examples}
 
 
 def train_averages(metrics: TrainMetrics) -> dict[str, float]:
-    """The same with the mean and the range of eta and the mean gradient summary, on the host."""
+    """Returns :func:`averages`, mean and range of eta, and mean gradient summary, on the host."""
     steps = float(metrics.steps)
     return averages(metrics.sums) | {
         "eta": float(metrics.eta) / steps,

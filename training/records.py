@@ -1,4 +1,4 @@
-"""What a run remembers of itself: typed here, and checked when it is read from JSON."""
+"""The records of a run: typed here, and checked when they are read from JSON."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class EpochRecord:
     """One epoch: a line of ``metrics.jsonl``.
 
     Attributes:
-      epoch: its number, the first being 1.
-      step: the number of steps taken at its end.
-      train_loss: the mean loss of its training batches, each before its step.
-      train_accuracy: their accuracy, 0 to 1.
-      test_loss: the mean loss over the test set at its end.
+      epoch: the number of the epoch, counted from 1.
+      step: the number of steps taken by the end of the epoch.
+      train_loss: the mean loss of the training batches, each before its step.
+      train_accuracy: the accuracy on the training batches, 0 to 1, each before its step.
+      test_loss: the mean loss over the test set at the end of the epoch.
       test_accuracy: the accuracy over the test set, 0 to 1.
-      eta: the mean automatic learning rate.
-      eta_min: the smallest.
-      eta_max: the largest.
+      eta: the mean of eta, the automatic learning rate.
+      eta_min: the smallest eta.
+      eta_max: the largest eta.
       gradient_summary: the mean gradient summary G.
-      seconds: how long its training steps took.
-      images_per_second: how many training images were seen in that time.
-      unreadable: how many images could not be read, for data that are streamed.
+      seconds: the time that the training steps took, in seconds.
+      images_per_second: the number of training images per second of that time.
+      unreadable: the number of images that could not be read; only for streamed data.
     """
 
     epoch: int
@@ -47,25 +47,25 @@ class EpochRecord:
     unreadable: int | None = None
 
     def to_json(self) -> dict[str, int | float]:
-        """The fields by name, without those that do not apply."""
+        """Returns the fields by name, without those that do not apply."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if value is not None}
 
 
 def best(records: Sequence[EpochRecord]) -> EpochRecord:
-    """The first of the records, of which there is one at least, with the highest test accuracy."""
-    # Not a number, where no test image could be read, is worse than anything.
+    """Returns the first record with the highest test accuracy, of one record or more."""
+    # NaN, where no test image could be read, ranks below everything.
     return max(records, key=lambda r: -1 if math.isnan(r.test_accuracy) else r.test_accuracy)
 
 
 def best_step(records: Sequence[EpochRecord], steps: set[int]) -> int | None:
-    """The one of these steps that ended the epoch with the best test accuracy, if any ended one."""
+    """Returns the given step that ended the epoch of best test accuracy; None if none ended one."""
     ended = [record for record in records if record.step in steps]
     return best(ended).step if ended else None
 
 
 def from_json(cls: type[T], fields: object) -> T:
-    """Makes a dataclass of an object of JSON, which anybody may have written.
+    """Builds a dataclass from a JSON object, which may come from anyone.
 
     Raises:
       ValueError: if a field is missing, unknown or of another type.
@@ -85,5 +85,5 @@ def from_json(cls: type[T], fields: object) -> T:
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, each) for each in get_args(hint))
-    # A whole number is no other than a real one, in JSON.
+    # JSON does not tell whole numbers from real ones.
     return isinstance(value, int | float if hint is float else get_origin(hint) or hint)

@@ -1,14 +1,14 @@
-"""Where arrays live: the mesh of devices, and what is split over which of its axes.
+"""Sharding: the mesh of devices, and which arrays are split over which of its axes.
 
 There is one mesh with three axes, any of which may have length 1:
 
 - ``data``: each row of devices takes its share of a batch;
-- ``fsdp``: the same, and holds only its share of every parameter (ZeRO-3, Rajbhandari et al.,
-  arXiv:1910.02054), which XLA gathers layer by layer where it is used;
-- ``model``: the products of the dense layers are shared (Shoeybi et al., arXiv:1909.08053).
+- ``fsdp``: the same, and each row holds only its share of every parameter (ZeRO-3, Rajbhandari et
+  al., arXiv:1910.02054), which XLA gathers layer by layer where it is used;
+- ``model``: the matrix products of the dense layers are split (Shoeybi et al., arXiv:1909.08053).
 
-Everything else is a function of whole arrays: norms, G, eta and BatchNorm's averages are those of
-the whole, and it is XLA that inserts what has to be sent.
+All other code works on whole arrays: norms, G, eta and BatchNorm's averages are those of the whole
+arrays, and XLA inserts the communication.
 """
 
 import dataclasses
@@ -30,14 +30,15 @@ T = TypeVar("T")
 
 
 def make_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that the config asks for; by default, all devices on ``data``.
+    """Makes the mesh that the config asks for; by default, all devices on ``data``.
 
     Args:
-      config: resolved.
-      devices: to make it of; by default all of the platform.
+      config: the resolved config of the run.
+      devices: the devices of the mesh; by default, all devices of the platform.
 
     Raises:
-      ConfigError: if there are no such devices or not as many, or they cannot share a batch.
+      ConfigError: if there are no such devices, if their number is not that of the mesh, or if a
+        batch cannot be split evenly over them.
     """
     if devices is None:
         devices = find_devices(config.platform)
@@ -54,33 +55,33 @@ def make_mesh(config: TrainConfig, devices: Sequence[jax.Device] | None = None) 
 
 
 def use_platform(platform: str | None) -> None:
-    """Makes a kind of device the one that JAX uses; to be called before it looks for any."""
+    """Makes JAX use one kind of device. Call this before JAX looks for devices."""
     if platform:
         jax.config.update("jax_platforms", _gpu() if platform == "gpu" else platform)
 
 
 def _gpu() -> str:
-    """What JAX calls the kind of GPU that it has a plugin for."""
+    """Returns JAX's name for the kind of GPU that it has a plugin for."""
     plugins = " ".join(plugin.name for plugin in entry_points(group="jax_plugins"))
-    # Not both of them, as JAX takes each that is named and is not installed for an error.
+    # Not both, as JAX raises an error for each named kind that is not installed.
     return "rocm" if "rocm" in plugins else "cuda"
 
 
 def find_devices(platform: str | None) -> list[jax.Device]:
-    """The devices that JAX uses, those of other processes among them.
+    """Returns the devices that JAX uses, including those of other processes.
 
     Args:
-      platform: as the flag gives it, which :func:`use_platform` has been told.
+      platform: the value of the flag, already passed to :func:`use_platform`.
 
     Raises:
       ConfigError: if there are none.
     """
     try:
         return jax.devices()
-    except Exception as error:  # JAX has several for a device that is not there.
+    except Exception as error:  # JAX raises several types for a missing device.
         config: Any = jax.config  # Its flags are declared at run time.
         flag = f"--platform {platform}" if platform else f"JAX_PLATFORMS={config.jax_platforms}"
-        # What JAX says of its own variable would mislead who has given the flag.
+        # JAX's hint about its own variable would mislead a user who gave the flag.
         reason = str(error).split(" (set JAX_PLATFORMS")[0].partition("\n")[0]
         raise ConfigError(
             f"{flag}: JAX finds no such device; leave it out, or install the JAX that has it, with "
@@ -99,41 +100,41 @@ def _check_divides(flag: str, batch_size: int, shares: int) -> None:
 
 
 def place(mesh: Mesh, state: TrainState) -> TrainState:
-    """The shapes of a state, each with its sharding from :func:`of_state`."""
+    """Returns the shapes of a state, each with its sharding from :func:`of_state`."""
     with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     shapes: TrainState = jax.tree.map(with_sharding, state, of_state(mesh, state))
     return shapes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def make(sharding: NamedSharding, build: Callable[[], T]) -> T:
-    """Builds arrays on the devices of a sharding, in whichever processes they are.
+    """Builds arrays on the devices of a sharding, whichever processes these belong to.
 
-    ``jax.device_put`` of arrays that are on devices already leaves a process without its share of
-    them where it has one device (JAX 0.10.1 to 0.12).
+    With arrays that are on devices already, ``jax.device_put`` leaves a process that has one device
+    without its share of them (JAX 0.10.1 to 0.12).
     """
     arrays: T = jax.jit(build, out_shardings=sharding)()
     return arrays
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices that share a batch."""
+    """Returns the sharding that splits the first axis over the devices that share a batch."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
 def of_state(mesh: Mesh, state: TrainState) -> TrainState:
-    """Returns how each array of a state is split: parameters by rule, all else on every device.
+    """Returns the shardings of a state: parameters split by rule, the rest whole on every device.
 
     Args:
       mesh: a mesh from :func:`make_mesh`.
       state: the state, or its shapes.
 
     Returns:
-      The same tree, of shardings.
+      The same tree, with shardings for leaves.
     """
     leaves, structure = jax.tree.flatten(state.params)
     dense, shardings = 0, []
@@ -146,18 +147,18 @@ def of_state(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def _partition(mesh: Mesh, shape: tuple[int, ...], dense: int) -> PartitionSpec:
-    """The axes of one parameter, before which there were so many dense layers."""
+    """Returns the partition of a parameter; ``dense`` is the number of dense layers before it."""
     axes: list[str | None] = [None] * len(shape)
 
     def place(name: str, candidates: Sequence[int]) -> None:
-        """Gives an axis of the mesh the first that it divides."""
+        """Gives the mesh axis ``name`` the first free candidate that its size divides."""
         size = mesh.shape[name]
         fitting = (i for i in candidates if axes[i] is None and shape[i] % size == 0)
         if size > 1 and (axis := next(fitting, None)) is not None:
             axes[axis] = name
 
     if len(shape) == 2:
-        # By turns the outputs and the inputs, so that what one layer leaves split the next takes.
+        # Outputs and inputs in turn, so that each layer takes its input split as the last left it.
         place(MODEL, (1, 0) if dense % 2 == 0 else (0, 1))
     place(FSDP, sorted(range(len(shape)), key=lambda i: shape[i], reverse=True))
     return PartitionSpec(*axes)

@@ -1,4 +1,4 @@
-"""The network and the training state: one pytree, made on the mesh by one compiled function."""
+"""The network and the training state, a pytree that one compiled function makes on the mesh."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Graph = nnx.GraphDef[nnx.Module]
 Arrays = nnx.State[Any, Any]
 
-# --precision -> dtype of the network's arithmetic, and of everything else.
+# --precision -> (dtype of the network's arithmetic, dtype of everything else).
 DTYPES = {
     "f32": (jnp.float32, jnp.float32),
     "bf16": (jnp.bfloat16, jnp.float32),
@@ -32,12 +32,12 @@ DTYPES = {
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """Everything that a training step changes.
 
     Attributes:
       step: the number of steps taken, an int32 scalar.
       params: the network's parameters.
-      batch_stats: the network's running averages, if it has any.
+      batch_stats: the network's running averages, if any.
       opt_state: the optimiser's state.
     """
 
@@ -48,7 +48,7 @@ class TrainState:
 
 
 def create_network(config: TrainConfig) -> nnx.Module:
-    """Builds the network that a config asks for, with Flax's own starting weights."""
+    """Builds the network of a config, with Flax's own initial weights."""
     dtype, param_dtype = DTYPES[config.precision]
     options = {"depth": config.depth, "width": config.width}
     return models.create(
@@ -58,7 +58,7 @@ def create_network(config: TrainConfig) -> nnx.Module:
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=nnx.Rngs(0),
-        # Only those that are given: what a network has no use for, the config refuses.
+        # Only the given options: the config rejects those that the network does not have.
         **{name: value for name, value in options.items() if value is not None},
     )
 
@@ -76,14 +76,14 @@ def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
 
 
 def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimiser that a config asks for."""
-    import agd_jax  # Here, as loading a trained network does without.
+    """Builds the optimiser of a config."""
+    import agd_jax  # Here, as loading a trained network does not need it.
 
     return agd_jax.agd(gain=config.gain)
 
 
 def abstract_state(config: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
-    """The shapes of the training state, as a tree of :class:`jax.ShapeDtypeStruct`."""
+    """Returns the shapes of the training state, as a tree of :class:`jax.ShapeDtypeStruct`."""
     shapes: TrainState = jax.eval_shape(_maker(config, tx), jax.random.key(config.seed))
     return shapes
 
@@ -91,12 +91,12 @@ def abstract_state(config: TrainConfig, tx: optax.GradientTransformation) -> Tra
 def create_train_state(
     config: TrainConfig, tx: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
-    """Makes the state that training starts from, with orthogonal weights drawn from the seed.
+    """Makes the initial training state, with orthogonal weights drawn from the seed.
 
     Args:
       config: the config of the run.
       tx: the optimiser.
-      shardings: where each array is to be, as a state of :class:`jax.sharding.Sharding`.
+      shardings: the sharding of each array, as a state of :class:`jax.sharding.Sharding`.
     """
     make = jax.jit(_maker(config, tx), out_shardings=shardings)
     state: TrainState = make(jax.random.key(config.seed))

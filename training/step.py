@@ -1,4 +1,4 @@
-"""One step of training and one of evaluation: pure functions of the state and a batch."""
+"""A training step and an evaluation step: pure functions of the state and a batch."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from training import metrics
 from training.metrics import Metrics, TrainMetrics
 from training.state import Arrays, Graph, TrainState
 
-# (logits, labels) -> one loss for each example.
+# (logits, labels) -> the loss of each example.
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -28,13 +28,13 @@ def train_step(
 
     Args:
       graphdef: the static part of the network.
-      tx: the optimiser, whose state has an ``eta`` and a ``gradient_summary`` somewhere.
+      tx: the optimiser, whose state must contain an ``eta`` and a ``gradient_summary``.
       loss: one of :data:`LOSSES`.
       state: the state before the step.
-      batch: training examples. One of weight zero counts for nothing but BatchNorm.
+      batch: the training examples. An example of weight zero affects only BatchNorm.
 
     Returns:
-      The state after the step, and the metrics of the batch before it.
+      The state after the step, and the metrics of the batch before the step.
     """
 
     def objective(params: Arrays) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Arrays]]:
@@ -60,7 +60,7 @@ def train_step(
 
 
 def eval_step(graphdef: Graph, loss: Loss, state: TrainState, batch: Batch) -> Metrics:
-    """Metrics of a batch, which may hold padding. The first two arguments are static."""
+    """Returns the metrics of a batch, padded or not. The first two arguments are static."""
     model = nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
     model.eval()
     logits, losses = _losses(model, loss, batch)
@@ -68,20 +68,20 @@ def eval_step(graphdef: Graph, loss: Loss, state: TrainState, batch: Batch) -> M
 
 
 def _losses(model: nnx.Module, loss: Loss, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    # Images have the dtype that the loss is to have, whatever the network computes in.
+    # The loss is computed in the dtype of the images, whatever dtype the network computes in.
     logits = model(batch.images).astype(batch.images.dtype)
     return logits, loss(logits, batch.labels)
 
 
 def mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean over the classes of ``(logits - sqrt(num_classes) * onehot(labels))**2``.
+    """Returns the mean over the classes of ``(logits - sqrt(num_classes) * onehot(labels))**2``.
 
     Args:
-      logits: ``(batch, num_classes)``.
-      labels: ``(batch,)`` integers.
+      logits: the logits, ``(batch, num_classes)``.
+      labels: the labels, ``(batch,)`` integers.
 
     Returns:
-      ``(batch,)``, in the dtype of the logits.
+      The loss of each example, ``(batch,)``, in the dtype of the logits.
     """
     num_classes = logits.shape[-1]
     target = math.sqrt(num_classes) * jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)

@@ -1,4 +1,4 @@
-"""The folder of a run: chosen and checked at the start, held while there is something to keep."""
+"""The folder of a run: chosen and checked at the start, locked while the run uses it."""
 
 import contextlib
 import itertools
@@ -19,15 +19,15 @@ EARLIER = "earlier"
 
 
 def choose(config: TrainConfig) -> Path:
-    """Returns the folder that a run is to use, without making it.
+    """Returns the folder for a run, without creating it.
 
     Raises:
-      ConfigError: if it cannot be made or written.
+      ConfigError: if it cannot be created or written.
     """
     try:
         path = config.workdir.expanduser() if config.workdir else _fresh(config)
         ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
-    except (OSError, RuntimeError) as error:  # A name too long, or a user that is none.
+    except (OSError, RuntimeError) as error:  # The name is too long, or `~user` is unknown.
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--workdir {config.workdir}: {reason}") from error
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
@@ -38,7 +38,7 @@ def choose(config: TrainConfig) -> Path:
 
 
 def _fresh(config: TrainConfig) -> Path:
-    """A name by the second, numbered where runs start within one."""
+    """Returns a folder named by the current second, numbered if that name is taken."""
     name = f"{config.dataset}-{config.arch}-{_now()}"
     return unused(Path("runs") / name)
 
@@ -48,34 +48,34 @@ def _now() -> str:
 
 
 def unused(path: Path) -> Path:
-    """The path, numbered if there is something there already."""
+    """Returns the path, with a number appended if it exists already."""
     names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
     return next(path for path in map(path.with_name, names) if not path.exists())
 
 
 @contextlib.contextmanager
 def held(path: Path, restart: bool) -> Iterator[str]:
-    """Makes the folder, and keeps every other run out of it.
+    """Creates the folder, and locks it against other runs.
 
-    What an earlier run has left is moved into a folder of its own beside the new run's files, if
-    it is to begin afresh, or if that run had epochs but no checkpoint to go on from.
+    The files of an earlier run are moved into a subfolder of their own if ``restart`` is set, or if
+    that run recorded epochs but left no checkpoint to resume from.
 
     Args:
-      path: of the folder.
-      restart: whether to begin afresh.
+      path: the path of the folder.
+      restart: whether to start from the beginning.
 
     Yields:
-      Where the earlier run's files have been moved, or nothing.
+      The folder that the earlier run's files were moved to, or an empty string.
 
     Raises:
-      ConfigError: if another run is using it, or it cannot be made.
+      ConfigError: if another run is using the folder, or it cannot be created.
     """
     import filelock
 
     lock = filelock.FileLock(path / LOCK_FILE)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # The system lets go of it when the process ends, however it does.
+        # The system releases the lock when the process ends, however it ends.
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise ConfigError(f"--workdir {path}: another run is using it; give another") from error

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, written by Orbax.
+"""Checkpoints: all that a run needs to resume as if it had never stopped, written by Orbax.
 
 ``reading`` finds and loads them, ``saving`` writes them during a run.
 """

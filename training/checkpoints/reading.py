@@ -1,9 +1,9 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, written by Orbax.
+"""Checkpoints: all that a run needs to resume as if it had never stopped, written by Orbax.
 
-``workdir/checkpoints`` has a folder for each, named by its step, with three items: ``model``
-(parameters and running averages), ``training`` (step, optimiser state, metrics of the epoch under
-way) and ``run`` (JSON: config, records of the epochs so far, place in the data). Nothing in it is
-pickled or executed when it is read.
+``workdir/checkpoints`` has a folder for each checkpoint, named by its step, with three items:
+``model`` (parameters and running averages), ``training`` (step, optimiser state, metrics of the
+current epoch) and ``run`` (JSON: config, records of the epochs so far, position in the data).
+Nothing in it is pickled, and reading it executes nothing.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Which = Literal["best", "last"]
 
 
 def saved_config(workdir: Path) -> TrainConfig:
-    """The config of the run that left its checkpoints in a folder.
+    """Returns the config of the run whose checkpoints are in a folder.
 
     Raises:
-      ConfigError: if there are none, or none can be read.
+      ConfigError: if there are no checkpoints, or none can be read.
     """
     with reading(folder_of(workdir)) as reader:
         _, (run, _) = _last(workdir, reader, {})
@@ -49,10 +49,10 @@ class RunItem:
     """The item ``run`` of a checkpoint.
 
     Attributes:
-      config: the config of the run, as JSON has it.
-      records: the epochs so far.
-      seconds: how long the epoch under way has been trained.
-      position: the place in the training data, as JSON has it.
+      config: the config of the run, as JSON values.
+      records: the records of the epochs so far.
+      seconds: how long the current epoch has been trained, in seconds.
+      position: the position in the training data, as JSON values.
       sizes: the sizes of the training and the test set.
       classes: the names of the classes, in the order of the labels. Earlier versions saved none.
     """
@@ -65,19 +65,19 @@ class RunItem:
     classes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, as JSON has them."""
+        """Returns the fields by name, as JSON values."""
         return vars(self) | {"records": [record.to_json() for record in self.records]}
 
     def resolved_config(self) -> TrainConfig:
-        """The config of the run.
+        """Returns the resolved config of the run.
 
         Raises:
-          ConfigError: if it is not one.
+          ConfigError: if the saved config is not valid.
         """
         return TrainConfig.from_json(self.config).resolved()
 
 
-# What is read at once: the item `run`, and the others by name.
+# The result of one read: the item `run`, and the other items by name.
 Items = tuple[RunItem, dict[str, Any]]
 
 
@@ -87,7 +87,7 @@ class Saved(NamedTuple):
     Attributes:
       step: the step after which it was saved.
       run: the item ``run`` of the checkpoint.
-      model: its parameters and running averages, as ``{"params": ..., "batch_stats": ...}``.
+      model: the parameters and running averages, as ``{"params": ..., "batch_stats": ...}``.
     """
 
     step: int
@@ -99,7 +99,7 @@ def read_last(workdir: Path, target: dict[str, Any]) -> Saved:
     """Reads the network of the newest checkpoint that can be read.
 
     Args:
-      workdir: of a run.
+      workdir: the folder of the run.
       target: the shapes of the model, with shardings.
 
     Raises:
@@ -111,12 +111,12 @@ def read_last(workdir: Path, target: dict[str, Any]) -> Saved:
 
 
 def read_best(workdir: Path, target: dict[str, Any], last: Saved) -> Saved:
-    """Reads the network of the epoch with the best test accuracy, likewise.
+    """Reads the network of the epoch with the best test accuracy.
 
     Args:
-      workdir: of a run.
+      workdir: the folder of the run.
       target: the shapes of the model, with shardings.
-      last: from :func:`read_last`, which may be it.
+      last: the result of :func:`read_last`, which may be the best one too.
 
     Raises:
       ConfigError: if it cannot be read.
@@ -140,30 +140,30 @@ def load(workdir: str | os.PathLike[str], which: Which = "best") -> tuple[nnx.Mo
     >>> logits = model(images)  # doctest: +SKIP
 
     Args:
-      workdir: of a run.
-      which: the checkpoint of the epoch with the best test accuracy, or the last one.
+      workdir: the folder of the run.
+      which: "best" for the checkpoint of the epoch with the best test accuracy, or "last".
 
     Returns:
-      The network, which maps pictures ``(batch, *config.spec.image_shape)``, normalised as
-      :func:`input_pipeline.batch.normalise` does, to logits ``(batch, config.spec.num_classes)``
-      and normalises by its running averages; and the config of the run.
+      The network and the config of the run. The network maps images
+      ``(batch, *config.spec.image_shape)``, normalised by :func:`input_pipeline.batch.normalise`,
+      to logits ``(batch, config.spec.num_classes)``. Its BatchNorm uses the running averages.
 
     Raises:
       ConfigError: if there is no such checkpoint, or it cannot be read.
-      ValueError: if ``which`` is neither.
+      ValueError: if ``which`` is neither "best" nor "last".
     """
     trained = load_all(workdir, which)
     return trained.model, trained.config
 
 
 class Trained(NamedTuple):
-    """A trained network, and what there is to know to use it.
+    """A trained network, and what is needed to use it.
 
     Attributes:
-      model: as :func:`load` returns it.
-      config: of the run.
-      step: after which it was saved.
-      classes: their names, in the order of the logits; none for noise.
+      model: the network, as :func:`load` returns it.
+      config: the config of the run.
+      step: the step after which it was saved.
+      classes: the names of the classes, in the order of the logits; empty for noise.
     """
 
     model: nnx.Module
@@ -173,7 +173,7 @@ class Trained(NamedTuple):
 
 
 def load_all(workdir: str | os.PathLike[str], which: Which = "best") -> Trained:
-    """As :func:`load`, with the step and the names of the classes."""
+    """Loads a trained network as :func:`load` does, with its step and the names of the classes."""
     if which not in get_args(Which):
         raise ValueError(f"which={which!r}: choose from {', '.join(get_args(Which))}")
     workdir = Path(workdir).expanduser()
@@ -190,18 +190,18 @@ def load_all(workdir: str | os.PathLike[str], which: Which = "best") -> Trained:
 
 
 def folder_of(workdir: Path) -> Path:
-    """Where a run has its checkpoints."""
-    # TensorStore takes no relative paths.
+    """Returns the absolute path of the folder in which a run has its checkpoints."""
+    # TensorStore does not accept relative paths.
     return (workdir / CHECKPOINTS).absolute()
 
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """A manager that is only to read, and waits for no other process."""
+    """Opens a checkpoint manager that only reads, and does not wait for other processes."""
     this = jax.process_index()
     options = ocp.CheckpointManagerOptions(
         create=False,
-        # Else one damaged checkpoint keeps it from opening.
+        # Otherwise one damaged checkpoint keeps the manager from opening.
         lightweight_initialize=True,
         multiprocessing_options=ocp.options.MultiprocessingOptions(
             primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"reader_{this}"
@@ -212,11 +212,11 @@ def reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
 
 
 def read_items(reader: ocp.CheckpointManager, step: int, target: dict[str, Any]) -> Items:
-    """Reads the item ``run`` of a checkpoint, and those others whose shapes are given.
+    """Reads the item ``run`` of a checkpoint, and the other items whose shapes are given.
 
     Raises:
-      ValueError: if the item ``run`` is not what a run saves. Orbax and TensorStore have many more
-        for damaged files.
+      ValueError: if the item ``run`` is not what a run saves. For damaged files, Orbax and
+        TensorStore raise many other errors.
     """
     arrays = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
     saved = reader.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **arrays))
@@ -230,10 +230,10 @@ def read_items(reader: ocp.CheckpointManager, step: int, target: dict[str, Any])
 def newest_readable(
     reader: ocp.CheckpointManager, read: Callable[[int], T]
 ) -> tuple[tuple[int, T] | None, list[int]]:
-    """Reads the newest checkpoint that can be read, and names those that cannot.
+    """Reads the newest checkpoint that can be read, and lists the newer ones that cannot.
 
     Returns:
-      Its step with what was read, if there is one, and the steps of those that are damaged.
+      Its step and the result of reading it, if there is one; and the steps of the damaged ones.
     """
     damaged: list[int] = []
     for step in reversed(reader.all_steps()):
@@ -242,9 +242,9 @@ def newest_readable(
         except ConfigError:
             raise
         except (PermissionError, MemoryError) as error:
-            # It may be whole, and older ones would fail likewise.
+            # The checkpoint may be intact, and older ones would fail in the same way.
             raise ConfigError(f"{reader.directory / str(step)}: {one_line(error)}") from error
-        except Exception as error:  # Orbax and TensorStore have many for damaged files.
+        except Exception as error:  # Orbax and TensorStore raise many for damaged files.
             log.warning("%s: cannot be read (%s)", reader.directory / str(step), one_line(error))
             damaged.append(step)
     return None, damaged
@@ -253,7 +253,7 @@ def newest_readable(
 def _last(
     workdir: Path, reader: ocp.CheckpointManager, target: dict[str, Any]
 ) -> tuple[int, Items]:
-    """What :func:`read_items` gives of the newest checkpoint, of which there must be one."""
+    """Reads the newest readable checkpoint by :func:`read_items`; raises if there is none."""
     found, damaged = newest_readable(reader, lambda step: read_items(reader, step, target))
     if found is None:
         problem = "none of its checkpoints can be read" if damaged else "holds no checkpoint"
@@ -262,15 +262,15 @@ def _last(
 
 
 def on_one_device(tree: Any) -> Any:
-    """The shapes of a tree, each array whole on the first device of this process."""
+    """Returns the shapes of a tree, each array whole on the first device of this process."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
 def one_line(error: Exception) -> str:
-    """What an error's message comes to: the end of its first line, where long ones get concrete."""
+    """Shortens an error message to the end of its first line, where long lines get specific."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    # TensorStore appends what it was asked for, as a page of JSON.
+    # TensorStore appends its request, as a page of JSON.
     for details in (" [tensorstore_spec", " [source locations", " See full TensorStore details"):
         line = line.partition(details)[0]
     return line if len(line) <= 160 else f"... {line[-160:]}"

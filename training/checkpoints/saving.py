@@ -1,4 +1,4 @@
-"""Saving a run while it goes on, and going on from what was saved."""
+"""Saves checkpoints during a run, and resumes a run from them."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Better epochs that follow each other faster than this share a checkpoint.
+# Successive best epochs that are fewer seconds apart than this share a checkpoint.
 BEST_SECONDS = 10
 
 # Bytes of a checkpoint besides its arrays.
 SMALL_FILES = 200_000
 
-# What a checkpoint that cannot be read is called from then on, and one while it is saved anew.
+# The suffixes of a checkpoint that cannot be read, and of one that is being saved again.
 DAMAGED = ".damaged"
 UNTESTED = ".untested"
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A run between two steps.
+    """The state of a run between two steps.
 
     Attributes:
       step: the number of steps taken.
-      state: the training state after them.
-      sums: the metrics of the epoch under way.
-      seconds: how long that epoch has been trained.
-      records: the epochs before it.
-      iterator_state: the place in the training data, as JSON has it.
+      state: the training state after these steps.
+      sums: the metrics of the current epoch so far.
+      seconds: how long that epoch has been trained, in seconds.
+      records: the records of the epochs before it.
+      iterator_state: the position in the training data, as JSON values.
     """
 
     step: int
@@ -72,20 +72,21 @@ class Snapshot:
 
 
 class Saver:
-    """The checkpoints of a run, saved while it goes on; a context manager around it.
+    """Saves the checkpoints of a run; a context manager around the run.
 
-    A save that fails is a warning, and the checkpoints before it stay; only :meth:`finish` raises,
-    and one of several processes in which Orbax failed. All processes call every method alike.
+    A save that fails logs a warning, and earlier checkpoints stay. An error is raised only by
+    :meth:`finish` and, where there are several processes, in a process in which Orbax failed. All
+    processes must call the same methods in the same order.
     """
 
     def __init__(
         self, workdir: Path, config: TrainConfig, sizes: tuple[int, int], classes: Sequence[str]
     ):
-        """Opens the folder, which is made if it is not there.
+        """Opens the checkpoint folder, and creates it if it does not exist.
 
         Args:
           workdir: the folder of the run.
-          config: the config of the run, resolved.
+          config: the resolved config of the run.
           sizes: the sizes of the training and the test set.
           classes: the names of the classes, in the order of the labels.
         """
@@ -110,7 +111,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # To save takes all processes, of which only this one may have failed.
+        # Saving takes all processes, and it may be that only this one has failed.
         if kind is None or jax.process_count() == 1:
             self.last_good()
             self._manager.close()
@@ -118,14 +119,14 @@ class Saver:
     def restore(self, state: TrainState, sums: TrainMetrics) -> Snapshot | None:
         """Reads the newest checkpoint that can be read, if there is one.
 
-        Those that are newer and cannot are named, and called ``*.damaged`` from then on.
+        Newer ones that cannot be read are logged, and renamed ``*.damaged``.
 
         Args:
           state: the shapes of the training state, with shardings.
-          sums: the metrics of no step, which have the shapes of those that were saved.
+          sums: the metrics of no steps, which have the shapes of the saved metrics.
 
         Raises:
-          ConfigError: if it is of another run, or none can be read.
+          ConfigError: if it belongs to another run, or there are checkpoints but none can be read.
         """
         target = {
             "model": {"params": state.params, "batch_stats": state.batch_stats},
@@ -134,7 +135,7 @@ class Saver:
         if jax.process_count() == 1:
             found = self._newest(target)
         else:
-            # One looks for all: the others would wait for one that fails to read.
+            # The primary looks for all: if one failed to read, the others would wait for it.
             on_host = jax.tree.map(
                 lambda x: np.broadcast_to(np.zeros([], x.dtype), x.shape), target
             )
@@ -145,19 +146,19 @@ class Saver:
         if found is None:
             return None
         step, (run, arrays) = found
-        # Orbax shares memory with what it has read, which buffers that are donated must not.
+        # Arrays that Orbax has read share its memory, which donated buffers must not do.
         arrays = _copy(arrays)
         training = arrays["training"]
         state = dataclasses.replace(
             state, step=training["step"], opt_state=training["opt_state"], **arrays["model"]
         )
-        # Some may have been set aside.
+        # Some checkpoints may have been renamed.
         self._manager.close()
         self._manager = self._open()
         return Snapshot(step, state, training["sums"], run.seconds, run.records, run.position)
 
     def _newest(self, target: dict[str, Any]) -> tuple[int, Items] | None:
-        """Reads the newest checkpoint that can be read; in one process."""
+        """Reads the newest checkpoint that can be read, in one process."""
 
         def read(step: int) -> Items:
             run, _ = read_items(reader, step, {})
@@ -184,14 +185,14 @@ class Saver:
         return found
 
     def next_step(self, step: int) -> float:
-        """The next step after this one at which ``--save_every`` asks to save."""
+        """Returns the next step after this one at which ``--save_every`` asks for a save."""
         return math.inf if self._steps is None else (step // self._steps + 1) * self._steps
 
     def due(self, step: int, best: bool = False) -> bool:
-        """Whether it is time to save.
+        """Returns whether it is time to save.
 
         Args:
-          step: the last that was taken.
+          step: the last step taken.
           best: whether this is the end of the best epoch so far.
         """
         seconds = time.monotonic() - self._last_save
@@ -199,34 +200,34 @@ class Saver:
         return by_step or seconds >= (min(self._seconds, BEST_SECONDS) if best else self._seconds)
 
     def hold(self, snapshot: Snapshot) -> None:
-        """Keeps the state of the best epoch on the devices, to be saved before the next one."""
+        """Keeps a copy of the best epoch on the devices, to be saved before the next checkpoint."""
         self._held = dataclasses.replace(snapshot, state=_copy(snapshot.state))
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begins to save, and returns when the state may be donated."""
+        """Starts to save, and returns once the state may be donated."""
         if snapshot.records and best(snapshot.records).step == snapshot.step:
-            # What is held has been surpassed.
+            # This epoch is better than the one held.
             self._held = None
         self._write_held()
         self._write(snapshot)
         self._last_save = time.monotonic()
 
     def last_good(self) -> Path | None:
-        """The newest checkpoint, when all is saved that there is to save."""
+        """Completes all saves, and returns the newest checkpoint, if there is one."""
         self._write_held()
         self._wait()
         step = self._manager.latest_step()
         return None if step is None else self._folder / str(step)
 
     def path_of(self, step: int) -> Path:
-        """The folder of a checkpoint."""
+        """Returns the folder of a checkpoint."""
         return self._folder / str(step)
 
     def finish(self) -> None:
         """Waits for the last save.
 
         Raises:
-          SaveError: if it failed.
+          SaveError: if the last save failed.
         """
         self._wait()
         if self._failure is not None:
@@ -263,18 +264,18 @@ class Saver:
         self._preserved.best = best_step(snapshot.records, steps | {step})
         try:
             if again:
-                # It was saved before it was tested, and stays until it is saved anew.
+                # The checkpoint from before the evaluation stays until the new one is saved.
                 multihost.broadcast_from_primary(lambda: _move(self._folder / str(step), UNTESTED))
                 self._manager.reload()
             self._manager.save(step, args=items)
             if again:
                 self._manager.wait_until_finished()
                 multihost.broadcast_from_primary(self._put_back)
-        except Exception as error:  # Orbax and TensorStore have many for a full disk.
+        except Exception as error:  # Orbax and TensorStore raise many for a full disk.
             self._failed_here(error)
 
     def _put_back(self) -> str:
-        """Undoes what a save that was interrupted had moved, or removes what it has replaced."""
+        """Moves a checkpoint back if the save to replace it was interrupted, else removes it."""
         for old in self._folder.glob(f"*{UNTESTED}"):
             step = old.with_name(old.name.removesuffix(UNTESTED))
             shutil.rmtree(old) if step.exists() else old.rename(step)
@@ -287,11 +288,11 @@ class Saver:
             self._failed_here(error)
 
     def _failed_here(self, error: Exception) -> None:
-        """What Orbax could not do in this process, perhaps in no other."""
+        """Handles a failure of Orbax in this process, and perhaps in no other."""
         if jax.process_count() > 1:
-            # They would wait for this one in the next save.
+            # The others would wait for this process in the next save.
             raise SaveError(f"cannot save in {self._folder}: {one_line(error)}") from error
-        # A new one has forgotten the failure, and clears away what it has left.
+        # A new manager does not know of the failure, and removes the files that it left.
         with contextlib.suppress(Exception):
             self._manager.close()
         self._put_back()
@@ -305,7 +306,7 @@ class Saver:
 
 @dataclasses.dataclass
 class _LatestAndBest(preservation_policy.PreservationPolicy):  # type: ignore[misc]
-    """Which checkpoints stay: so many of the newest, and that of the best epoch, a step."""
+    """Keeps the newest ``keep`` checkpoints, and the one of the best epoch, given by its step."""
 
     keep: int
     best: int | None = None
@@ -318,9 +319,9 @@ class _LatestAndBest(preservation_policy.PreservationPolicy):  # type: ignore[mi
 
 
 def _lack_of_space(folder: Path, items: ocp.args.Composite) -> str:
-    """Says so if a save may well fail, for which Orbax would take many lines."""
+    """Returns why a save may well fail, else ''. Orbax's own message would take many lines."""
     arrays = jax.tree.leaves([items["model"].item, items["training"].item])
-    # Compression may save some of it, but not much of what is random.
+    # Compression may save some of this, but not much for random values.
     needed = sum(array.nbytes for array in arrays) + SMALL_FILES
     free = shutil.disk_usage(folder).free
     return "" if free >= needed else f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"

@@ -1,1 +1,1 @@
-"""What a run shows and leaves: terminal, ``metrics.jsonl``, TensorBoard events, curves."""
+"""The outputs of a run: terminal, ``metrics.jsonl``, TensorBoard events, plots."""

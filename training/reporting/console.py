@@ -1,4 +1,4 @@
-"""The terminal: a bar where there is one, plain lines where there is not."""
+"""The output to the terminal, with a progress bar, or else to a pipe or file in plain lines."""
 
 import importlib.util
 import logging
@@ -18,11 +18,11 @@ from training.workdir import CHECKPOINTS, CURVES_FILE, METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-# Columns of the terminal for what stands beside the bar, and a few to spare.
+# Terminal columns for the text beside the bar, with a few to spare.
 BESIDE_BAR = 75
 
 COLUMNS: tuple[tuple[str, int, Callable[[EpochRecord], str]], ...] = (
-    # heading, width, how it is written
+    # heading, width, formatting function
     ("epoch", 5, lambda r: str(r.epoch)),
     ("train loss", 10, lambda r: f"{r.train_loss:.4f}"),
     ("acc", 6, lambda r: f"{r.train_accuracy:.1%}"),
@@ -35,12 +35,12 @@ COLUMNS: tuple[tuple[str, int, Callable[[EpochRecord], str]], ...] = (
 
 
 class EvalResult(NamedTuple):
-    """A checkpoint, and what it reaches on the test set.
+    """A checkpoint, and its results on the test set.
 
     Attributes:
       which: "best" or "last".
       step: the step after which it was saved.
-      epochs: how many it has been trained for, perhaps with a part of one.
+      epochs: the number of epochs it was trained for, which may be fractional.
       loss: the mean loss.
       accuracy: the accuracy, 0 to 1.
     """
@@ -60,24 +60,24 @@ def print_results(results: list[EvalResult]) -> None:
 
 
 class _Output(rich.console.Console):
-    """Standard output, which a run outlives."""
+    """Standard output; the run goes on if it breaks."""
 
     def on_broken_pipe(self) -> None:
-        """Goes on in silence where whoever was reading has gone, as `head` does."""
+        """Goes on silently once the reader of the output has gone, as `head` does."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         log.warning("nobody reads standard output any more; the run goes on without it")
 
 
 class Console:
-    """Says what happens, on standard output."""
+    """Reports the progress of a run on standard output."""
 
     def __init__(self, epochs: int, facts: dict[str, str]):
-        """Says what was resolved.
+        """Prints the facts of the run.
 
         Args:
-          epochs: how many there will be.
-          facts: what to say, by name.
+          epochs: the number of epochs of the run.
+          facts: the facts to print, by name.
         """
         self._console = _Output(highlight=False, soft_wrap=True)
         self._epochs = epochs
@@ -85,7 +85,7 @@ class Console:
         for name, fact in facts.items():
             self.say(f"{name:9s} {fact}")
         if self._console.is_terminal:
-            # Room is left for the `^C` that a terminal prints, which would begin another line.
+            # Leaves room for the `^C` that a terminal prints, which would start a new line.
             bar_width = min(max(self._console.width - BESIDE_BAR, 4), 40)
             columns = (
                 TextColumn("{task.description}"),
@@ -97,17 +97,17 @@ class Console:
             self._task = self._bar.add_task("compiling", total=None, averages="")
 
     def say(self, line: str) -> None:
-        """One line, as it is."""
+        """Prints one line as it is."""
         self._print(line)
 
     def _print(self, what: str | Table) -> None:
         try:
             self._console.print(what, markup=False)
-        except OSError:  # As of a disk that is full.
+        except OSError:  # For example, a full disk.
             self._console.on_broken_pipe()
 
     def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
-        """Moves the bar; see :meth:`training.reporting.Reporter.progress`."""
+        """Moves the bar; see :meth:`training.reporting.reporter.SilentReporter.progress`."""
         if self._bar is None:
             return
         text = (
@@ -122,38 +122,38 @@ class Console:
         )
 
     def compiling(self) -> None:
-        """Says that the programs of the run are being compiled, in a bar that only moves."""
+        """Reports that the programs are being compiled, by an indeterminate bar if there is one."""
         if self._bar is None:
             self.say("compiling")
         else:
             self._bar.start()
 
     def begin(self, compile_seconds: float) -> None:
-        """The heading over the lines of the epochs, and the bar under them."""
+        """Prints the heading above the lines of the epochs, and prepares the bar below them."""
         self.say(f"compiled in {compile_seconds:.1f} s")
         self.say("  ".join(f"{name:>{width}}" for name, width, _ in COLUMNS))
         if self._bar is not None:
             self._bar.reset(self._task, total=self._epochs, description=f"epoch 1/{self._epochs}")
 
     def epoch(self, record: EpochRecord) -> None:
-        """The line of an epoch."""
+        """Prints the line of an epoch."""
         self.say("  ".join(f"{text(record):>{width}}" for _, width, text in COLUMNS))
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
 
     def summary(
         self, records: list[EpochRecord], before: int, seconds: float, workdir: Path
     ) -> None:
-        """The table at the end, and where things are.
+        """Prints the table at the end, and the paths of the run's files.
 
         Args:
-          records: of all epochs.
-          before: how many of them an earlier process has trained.
-          seconds: that this one took.
-          workdir: of the run.
+          records: the records of all epochs.
+          before: how many of these epochs an earlier process trained.
+          seconds: the time that this process took, in seconds.
+          workdir: the folder of the run.
         """
         first, last = records[0], records[-1]
         best_epoch = best(records)
@@ -178,7 +178,7 @@ class Console:
 
 
 def _checkpoints(records: list[EpochRecord], workdir: Path) -> str:
-    """Which there are to use, as the table has it."""
+    """Returns the table entry that lists the available checkpoints."""
     folder = workdir / CHECKPOINTS
     steps = {int(path.name) for path in folder.glob("*") if path.name.isdigit()}
     if not steps:

@@ -1,4 +1,4 @@
-"""The picture of a run: loss, accuracy and the automatic learning rate."""
+"""Plots a run: loss, accuracy and the automatic learning rate."""
 
 import os
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ TRAIN, TEST, ETA = "#7a8ba3", "#c8452f", "#2f6f5e"
 
 
 def draw(records: Sequence[EpochRecord], title: str, path: Path) -> None:
-    """Draws the records of ``metrics.jsonl``, replacing the picture at once or not at all."""
-    # Fixed margins: finding them anew would take as long as all the rest.
+    """Plots the records of ``metrics.jsonl``. The file is replaced whole or not at all."""
+    # Fixed margins: computing them each time would take as long as all the rest.
     margins = {"left": 0.04, "right": 0.985, "bottom": 0.14, "top": 0.82, "wspace": 0.16}
     figure = Figure(figsize=(12, 3.6), dpi=110)
     loss, accuracy, eta = figure.subplots(1, 3, gridspec_kw=margins)
     epochs, single = [r.epoch for r in records], len(records) == 1
 
     def line(axes: Axes, name: str, color: str, label: str) -> None:
-        # A line of one point cannot be seen, nor an area of one.
+        # A line of one point is invisible, and so is an area of one.
         marker = "o" if single else None
         axes.plot(
             epochs, [getattr(r, name) for r in records], color=color, label=label, marker=marker
@@ -42,7 +42,7 @@ def draw(records: Sequence[EpochRecord], title: str, path: Path) -> None:
     line(eta, "eta", ETA, "mean")
     eta.set_title("Automatic learning rate eta")
     for axes in (loss, eta):
-        # With zero among the values, the space above them is a share of their size.
+        # With zero among the values, the margin above them is in proportion to their size.
         axes.update_datalim([(epochs[0], 0)])
         axes.autoscale_view()
         axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""What a run shows and leaves: terminal, config, metrics, TensorBoard events, curves."""
+"""The outputs of a run: terminal, config, metrics, TensorBoard events, plots."""
 
 import contextlib
 import json
@@ -18,12 +18,12 @@ from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-# A picture takes a core for a fifth of a second, which short epochs want for themselves.
+# A plot keeps a core busy for a fifth of a second, which short epochs need for themselves.
 SECONDS_BETWEEN_PICTURES = 2
 
 
 class SilentReporter:
-    """Says and writes nothing, for the processes that the primary one speaks for."""
+    """Reports and writes nothing: for the processes other than the primary one."""
 
     def __enter__(self) -> Self:
         return self
@@ -32,22 +32,22 @@ class SilentReporter:
         pass
 
     def compiling(self) -> None:
-        """The programs of the run are being compiled."""
+        """Reports that the programs of the run are being compiled."""
 
     def begin(self, compile_seconds: float) -> None:
-        """Everything is ready for the first epoch."""
+        """Reports that everything is ready for the first epoch."""
 
     def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
         """Moves the bar.
 
         Args:
-          epoch: the number of the epoch that is under way, the first being 1.
-          done: the share of it that is done, 0 to 1.
-          averages: over that share: ``loss``, ``accuracy``, ``eta``, ``images_per_second``.
+          epoch: the number of the current epoch, counted from 1.
+          done: the fraction of the epoch that is done, 0 to 1.
+          averages: ``loss``, ``accuracy``, ``eta``, ``images_per_second`` over that fraction.
         """
 
     def epoch(self, record: EpochRecord) -> None:
-        """Keeps the record of an epoch, in every form.
+        """Writes and shows the record of an epoch.
 
         Raises:
           SaveError: if it cannot be written.
@@ -55,23 +55,23 @@ class SilentReporter:
 
 
 class Reporter(SilentReporter):
-    """Writes the files of a run and speaks for it; a context manager around its epochs.
+    """Writes the files of a run and reports on it; a context manager around its epochs.
 
     Attributes:
-      records: the epochs so far.
+      records: the records of the epochs so far.
     """
 
     def __init__(
         self, config: TrainConfig, workdir: Path, facts: dict[str, str], records: list[EpochRecord]
     ):
-        """Writes the first files and says what was resolved.
+        """Writes the first files and prints the facts of the run.
 
         Args:
-          config: of the run, resolved.
-          workdir: its folder.
-          facts: what to say at the start, by name.
-          records: of the epochs before the checkpoint that the run goes on from. What else an
-            interrupted run has written is dropped, and will come again.
+          config: the resolved config of the run.
+          workdir: the folder of the run.
+          facts: the facts to print at the start, by name.
+          records: the records of the epochs before the checkpoint that the run resumes from. Any
+            later records of an interrupted run are dropped, and those epochs run again.
 
         Raises:
           ConfigError: if the folder cannot be written.
@@ -96,7 +96,7 @@ class Reporter(SilentReporter):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._curves.close()
         self._console.close()
-        with contextlib.suppress(OSError):  # What could not be written has been said.
+        with contextlib.suppress(OSError):  # The failure to write has been reported.
             self._tensorboard.close()
             self._metrics.close()
         if kind is None:
@@ -104,11 +104,11 @@ class Reporter(SilentReporter):
             self._console.summary(self.records, self._before, seconds, self._workdir)
 
     def compiling(self) -> None:
-        """Says so."""
+        """Reports that the programs of the run are being compiled."""
         self._console.compiling()
 
     def begin(self, compile_seconds: float) -> None:
-        """Says so, and shows the bar."""
+        """Reports that everything is ready for the first epoch, and shows the bar."""
         self._console.begin(compile_seconds)
 
     def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
@@ -116,7 +116,7 @@ class Reporter(SilentReporter):
         self._console.progress(epoch, done, averages)
 
     def epoch(self, record: EpochRecord) -> None:
-        """Writes the record, shows it, and has the curves drawn."""
+        """Writes the record, shows it, and has the plots drawn."""
         self.records.append(record)
         try:
             self._metrics.write(json.dumps(record.to_json()) + "\n")
@@ -136,9 +136,9 @@ def _write(path: Path, text: str) -> None:
 
 
 class CurvesDrawer:
-    """Draws in a thread, so that no device waits for a picture.
+    """Draws in a thread, so that no device waits for a plot.
 
-    Epochs that end while a picture is being drawn, or soon after, share the next one.
+    Epochs that end while a plot is being drawn, or soon after, share the next plot.
     """
 
     def __init__(self, path: Path, title: str):
@@ -148,7 +148,7 @@ class CurvesDrawer:
         self._waiting: list[EpochRecord] = []
 
     def draw(self, records: list[EpochRecord]) -> None:
-        """Asks for a picture of these records."""
+        """Requests a plot of these records."""
         self._waiting = list(records)
         idle = self._drawing is None or self._drawing.done()
         if idle and time.monotonic() - self._last >= SECONDS_BETWEEN_PICTURES:
@@ -156,7 +156,7 @@ class CurvesDrawer:
             self._drawing = self._thread.submit(self._draw)
 
     def close(self) -> None:
-        """Waits until the last picture asked for is there."""
+        """Waits until the last requested plot is drawn."""
         if self._drawing is not None:
             self._drawing.result()
             self._draw()

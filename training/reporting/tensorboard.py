@@ -1,4 +1,4 @@
-"""The epochs of a run for TensorBoard. A writer with a thread of its own hangs on a full disk."""
+"""Writes epochs for TensorBoard, without a writer thread, as that hangs on a full disk."""
 
 import os
 import time
@@ -12,19 +12,19 @@ from training.records import EpochRecord
 
 
 class EventFile:
-    """One ``events.out.tfevents.*`` in a workdir."""
+    """One ``events.out.tfevents.*`` file in the folder of a run."""
 
     def __init__(self, workdir: Path, first_step: int):
-        """Begins the file.
+        """Starts the file.
 
         Args:
-          workdir: of the run.
-          first_step: what other files of the workdir have from there on is to be forgotten.
+          workdir: the folder of the run.
+          first_step: the step from which TensorBoard is to ignore the other files in the folder.
 
         Raises:
           OSError: if it cannot be written.
         """
-        # Another process may have begun within the same second, after which files are named.
+        # Files are named by the second, and another process may have started in the same one.
         self._writer = EventsWriter(os.fspath(workdir / "events"), f".{os.getpid()}")
         start = SessionLog(status=SessionLog.START)
         self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
