@@ -56,7 +56,9 @@ def clone(tmp_path_factory):
 
 
 def paste(clone, command):
-    env = {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"}
+    # The environment is the one in the clone, whichever runs the tests.
+    kept_out = ("TFDS_DATA_DIR", "VENV")
+    env = {name: value for name, value in os.environ.items() if name not in kept_out}
     return subprocess.run(
         ["bash", "-ec", command], cwd=clone, env=env, capture_output=True, text=True
     )
