@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from input_pipeline.command_line import silence
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -50,18 +52,32 @@ def end_at_once() -> None:
     """
 
     def end(signum: int, frame: object) -> None:
-        _clear_line()
-        os.write(2, f"stopped: {signal.Signals(signum).name}\n".encode())
+        _say(f"stopped: {signal.Signals(signum).name}\n", final=True)
         os._exit(128 + signum)
 
     for signum in SIGNALS:
         signal.signal(signum, end)
 
 
-def _clear_line() -> None:
-    """Takes away a bar that is on the terminal, and brings back the cursor that it hides."""
-    if os.isatty(1):
-        os.write(1, b"\r\x1b[2K\x1b[?25h")
+def _say(line: str, final: bool = False) -> None:
+    """Writes to standard error, in place of a bar on the terminal, and shows the cursor again.
+
+    Not by print, which may be what the signal has interrupted.
+
+    Args:
+      line: what to write.
+      final: whether the process ends next; its other threads then write no more.
+    """
+    terminal = os.dup(1)
+    if final:
+        silence()
+    clear = b"\r\x1b[2K\x1b[?25h" if os.isatty(terminal) else b""
+    if not os.isatty(2):
+        os.write(terminal, clear)
+        clear = b""
+    # In one write, or the thread that draws the bar would draw it in between.
+    os.write(2, clear + line.encode())
+    os.close(terminal)
 
 
 @contextmanager
@@ -79,15 +95,13 @@ def on_request() -> Iterator[Request]:
         nonlocal interrupts
         interrupts += signum == signal.SIGINT
         if interrupts > 1:
-            _clear_line()
+            _say("", final=True)
             # Not an exception, which would wait for threads and for what is being saved.
             os._exit(128 + signum)
         request.signum = request.signum or signum
         if signum == signal.SIGINT:
-            # In place of the bar, which is drawn again on the next line. Not by print, which may be
-            # what was interrupted.
-            _clear_line()
-            os.write(2, b"saving after this step; Ctrl-C again ends at once\n")
+            # The bar is drawn again on the next line.
+            _say("saving after this step; Ctrl-C again ends at once\n")
 
     before = {signum: signal.signal(signum, note) for signum in SIGNALS}
     try:
