@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import jax
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+
+
+def free_address():
+    """An address of this machine at which nobody listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
 def same(a, b):

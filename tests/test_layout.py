@@ -1,11 +1,11 @@
 """The layout that the README draws: which part may import which."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 # Each imports only what stands before it.
 TRAINING = (
     "errors",

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import warnings
@@ -18,9 +17,9 @@ from PIL import Image
 
 from input_pipeline import resident
 from input_pipeline.specs import SPECS
+from tests.helpers import ROOT, free_address
 from tests.pictures import write_tars, write_tree
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL = "--arch fcn --width 16 --depth 2 --train_bs 4 --test_bs 4 --image_size 16 --epochs 1"
 
@@ -92,10 +91,7 @@ def test_every_command_does_what_it_says(clone, tmp_path):
     out = pasted(clone, command.replace("DIR", shlex.quote(os.fspath(tmp_path / "tfds"))))
     assert f"imagenet is prepared in {tmp_path / 'tfds'}" in out
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    first = next(commands).replace("10.0.0.1:1234", address)
+    first = next(commands).replace("10.0.0.1:1234", free_address())
     first = first.replace(" # and 1\n", " --epochs 1 --workdir runs/two")
     second = first.replace("--process_id 0", "--process_id 1")
     assert "of 2 processes" in pasted(clone, f"{second} > other.log 2>&1 & {first}; wait")

@@ -5,18 +5,15 @@ import importlib.util
 import os
 import pty
 import re
-import socket
 import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pyte
 import pytest
 
-ROOT = Path(__file__).parent.parent
-
+from tests.helpers import ROOT, free_address
 
 COORDINATOR = ["--num_processes", "2", "--process_id", "1", "--coordinator"]
 
@@ -129,10 +126,7 @@ def test_a_loss_that_is_not_finite_is_one_line_too(tmp_path):
 @pytest.mark.parametrize("together", [False, True], ids=["one process", "--distribute"])
 def test_a_platform_of_the_environment_that_is_not_there_is_one_line_too(tmp_path, together):
     env = os.environ | {"JAX_PLATFORMS": "cuda"}
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    flags = ["--coordinator", address, "--num_processes", "1", "--process_id", "0"]
+    flags = ["--coordinator", free_address(), "--num_processes", "1", "--process_id", "0"]
     run = train(*(flags if together else []), cwd=tmp_path, env=env, timeout=60)
     assert run.returncode == 2
     assert run.stderr.startswith(

@@ -67,9 +67,9 @@ class TrainConfig:
     """Examples in a test batch, over all devices together."""
     epochs: int = 60
     """Passes over the training set."""
-    depth: Annotated[int | None, _flag(("INT",), "10")] = None
+    depth: Annotated[int | None, _flag(("INT",), str(DEPTH))] = None
     """Number of layers of fcn."""
-    width: Annotated[int | None, _flag(("INT",), "256")] = None
+    width: Annotated[int | None, _flag(("INT",), str(WIDTH))] = None
     """Width of the hidden layers of fcn."""
     gain: float = 1.0
     """Multiplies every update; 1 is AGD, 10 an experiment."""

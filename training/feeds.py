@@ -77,7 +77,24 @@ class Feed(Protocol):
         """Stops the background work of the feed."""
 
 
-class ResidentFeed:
+class _OnMesh:
+    """Holds what both kinds of feed have on the mesh: shardings, and the sums over no example."""
+
+    def __init__(self, mesh: Mesh, dtype: jax.typing.DTypeLike):
+        self._everywhere = sharding.replicated(mesh)
+        self._over_batch = sharding.over_batch(mesh)
+        zero_train = lambda: metrics.zero_train_metrics(dtype)
+        self._zero_metrics = sharding.make(self._everywhere, zero_train)
+        self._zero_eval_metrics = sharding.make(
+            self._everywhere, lambda: metrics.zero_metrics(dtype)
+        )
+
+    def zero_metrics(self) -> TrainMetrics:
+        """Returns the zero sums that an epoch starts from."""
+        return self._zero_metrics
+
+
+class ResidentFeed(_OnMesh):
     """Trains and evaluates on data that each device holds, with the batches made inside jit.
 
     XLA's CPU backend runs a loop of known length on one thread, and a loop whose length is an
@@ -94,8 +111,8 @@ class ResidentFeed:
         spec: DatasetSpec,
         data: Arrays,
         *,
-        train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]],
-        eval_step: Callable[[TrainState, Batch], Metrics],
+        train_step: TrainStep,
+        eval_step: EvalStep,
         key: jax.Array,
         train_bs: int,
         test_bs: int,
@@ -121,12 +138,11 @@ class ResidentFeed:
         """
         self.steps_per_epoch = len(data.train.labels) // train_bs
         self._eval_steps = -(-len(data.test.labels) // test_bs)
-        everywhere, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
+        super().__init__(mesh, dtype)
+        everywhere, over_batch = self._everywhere, self._over_batch
         # Each process has all of the data, and fills its own devices.
         place = lambda x: jax.make_array_from_process_local_data(everywhere, x, x.shape)
         self._train, self._test = jax.tree.map(place, (data.train, data.test))
-        self._zero_metrics = sharding.make(everywhere, lambda: metrics.zero_train_metrics(dtype))
-        self._zero_eval_metrics = sharding.make(everywhere, lambda: metrics.zero_metrics(dtype))
         self._shuffle_key, self._augment_key = jax.random.split(key)
         self._order_of_epoch: tuple[int, jax.Array] | None = None
         self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
@@ -189,10 +205,6 @@ class ResidentFeed:
         ready: TrainState = jax.block_until_ready(state)
         return ready
 
-    def zero_metrics(self) -> TrainMetrics:
-        """Returns the zero sums that an epoch starts from."""
-        return self._zero_metrics
-
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int
     ) -> tuple[TrainState, TrainMetrics]:
@@ -251,7 +263,7 @@ def _unfinished(state: TrainState, sums: TrainMetrics, stop: jax.typing.ArrayLik
     return (state.step < stop) & metrics.finite(sums)
 
 
-class StreamedFeed:
+class StreamedFeed(_OnMesh):
     """Trains and evaluates on batches that arrive while the previous step is taken.
 
     Attributes:
@@ -265,8 +277,8 @@ class StreamedFeed:
         test: Stream,
         sources: Sources,
         *,
-        train_step: Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]],
-        eval_step: Callable[[TrainState, Batch], Metrics],
+        train_step: TrainStep,
+        eval_step: EvalStep,
         train_bs: int,
         test_bs: int,
         dtype: jax.typing.DTypeLike,
@@ -293,10 +305,8 @@ class StreamedFeed:
         self._spec, self._sources = spec, sources
         self._train, self._test = train, test
         self._batch_sizes = train_bs, test_bs
-        self._over_batch = sharding.over_batch(mesh)
-        everywhere = sharding.replicated(mesh)
-        self._zero_metrics = sharding.make(everywhere, lambda: metrics.zero_train_metrics(dtype))
-        self._zero_eval_metrics = sharding.make(everywhere, lambda: metrics.zero_metrics(dtype))
+        super().__init__(mesh, dtype)
+        everywhere = self._everywhere
         self._steps_taken = 0
         self._reported: set[str] = set()
 
@@ -325,10 +335,6 @@ class StreamedFeed:
         self._score = self._score.lower(state, self._zero_eval_metrics, test).compile()
         ready: TrainState = jax.block_until_ready(state)
         return ready
-
-    def zero_metrics(self) -> TrainMetrics:
-        """Returns the zero sums that an epoch starts from."""
-        return self._zero_metrics
 
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int

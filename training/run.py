@@ -112,10 +112,10 @@ def train(config: TrainConfig) -> Result:
         facts = describe(plan, data, saved, aside)
         speaks = multihost.is_primary()
         reporter = enter(Reporter(config, folder, facts, records) if speaks else SilentReporter())
-        if len(records) < config.epochs:
+        snapshot = saved
+        if snapshot is None or len(records) < config.epochs:
             reporter.compiling()
-        snapshot = saved or _beginning(plan, feed)
-        if len(records) < config.epochs:
+            snapshot = snapshot or _beginning(plan, feed)
             snapshot = loop.train_epochs(feed, snapshot, config.epochs, reporter, saver)
     return Result(folder, snapshot.records, plan.graphdef, snapshot.state)
 
@@ -146,10 +146,7 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
 
 
 def _evaluate(plan: Plan, feed: Feed, folder: Path) -> list[EvalResult]:
-    target = {
-        "params": plan.abstract_state.params,
-        "batch_stats": plan.abstract_state.batch_stats,
-    }
+    target = plan.abstract_state.model
 
     def result(which: reading.Which, saved: reading.Saved) -> EvalResult:
         sums = feed.evaluate(TrainState(step=jnp.int32(saved.step), opt_state=(), **saved.model))

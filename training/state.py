@@ -46,6 +46,11 @@ class TrainState:
     batch_stats: Arrays
     opt_state: optax.OptState
 
+    @property
+    def model(self) -> dict[str, Arrays]:
+        """The arrays of the network alone, as the item ``model`` of a checkpoint has them."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 def create_network(config: TrainConfig) -> nnx.Module:
     """Builds the network of a config, with Flax's own initial weights."""

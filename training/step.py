@@ -88,7 +88,7 @@ def mse(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(logits - target), axis=-1)
 
 
-LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+LOSSES: dict[str, Loss] = {
     "mse": mse,
     "xent": optax.softmax_cross_entropy_with_integer_labels,
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers import ROOT, read_records, wait_for_epochs
+from tests.helpers import ROOT, free_address, read_records, wait_for_epochs
 from tests.pictures import write_tree
 from training import multihost, workdir
 from training.config import ConfigError
@@ -50,10 +50,7 @@ class Layout(NamedTuple):
         return flags
 
     def start(self, *flags):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{s.getsockname()[1]}"
-        meet = ("--coordinator", address, "--num_processes", self.processes, "--process_id")
+        meet = ("--coordinator", free_address(), "--num_processes", self.processes, "--process_id")
         return [start(self.devices, *flags, *meet, i) for i in range(self.processes)]
 
     def run(self, *flags):
@@ -235,9 +232,7 @@ sys.exit(train.main())
 
 @pytest.mark.slow
 def test_a_bug_in_the_first_process_keeps_its_traceback_and_ends_all():
-    with socket.create_server(("", 0)) as server:
-        address = f"localhost:{server.getsockname()[1]}"
-    flags = ("--verbose", "--coordinator", address, "--num_processes", "2", "--process_id")
+    flags = ("--verbose", "--coordinator", free_address(), "--num_processes", "2", "--process_id")
     command, pipes = [sys.executable, "-c", FAIL, *flags], {"stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, i], cwd=ROOT, **pipes) for i in "01"]
     (_, err, code), (_, other, other_code) = map(finish, processes)
@@ -258,11 +253,9 @@ def test_a_port_that_is_in_use_is_said():
 
 @pytest.mark.slow
 def test_a_process_without_a_device_ends_all(tmp_path):
-    started = []
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
+    started, address = [], free_address()
     for i, platform in enumerate(("cuda", "cpu")):
-        flags = ("--coordinator", f"localhost:{port}", "--num_processes", "2", "--process_id", i)
+        flags = ("--coordinator", address, "--num_processes", "2", "--process_id", i)
         command = [sys.executable, ROOT / "train.py", "--workdir", tmp_path / "run", *flags]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         env = os.environ | {"JAX_PLATFORMS": platform}

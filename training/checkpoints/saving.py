@@ -129,7 +129,7 @@ class Saver:
           ConfigError: if it belongs to another run, or there are checkpoints but none can be read.
         """
         target = {
-            "model": {"params": state.params, "batch_stats": state.batch_stats},
+            "model": state.model,
             "training": {"step": state.step, "opt_state": state.opt_state, "sums": sums},
         }
         if jax.process_count() == 1:
@@ -180,7 +180,7 @@ class Saver:
                 "begins afresh, and sets them aside"
             )
         for number in damaged:
-            path = self._folder / str(number)
+            path = self.path_of(number)
             path.rename(unused(path.with_name(path.name + DAMAGED)))
         return found
 
@@ -217,7 +217,7 @@ class Saver:
         self._write_held()
         self._wait()
         step = self._manager.latest_step()
-        return None if step is None else self._folder / str(step)
+        return None if step is None else self.path_of(step)
 
     def path_of(self, step: int) -> Path:
         """Returns the folder of a checkpoint."""
@@ -251,7 +251,7 @@ class Saver:
         )
         training = {"step": state.step, "opt_state": state.opt_state, "sums": snapshot.sums}
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave({"params": state.params, "batch_stats": state.batch_stats}),
+            model=ocp.args.StandardSave(state.model),
             training=ocp.args.StandardSave(training),
             run=ocp.args.JsonSave(run.to_json()),
         )
@@ -265,7 +265,7 @@ class Saver:
         try:
             if again:
                 # The checkpoint from before the evaluation stays until the new one is saved.
-                multihost.broadcast_from_primary(lambda: _move(self._folder / str(step), UNTESTED))
+                multihost.broadcast_from_primary(lambda: _move(self.path_of(step), UNTESTED))
                 self._manager.reload()
             self._manager.save(step, args=items)
             if again:

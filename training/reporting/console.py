@@ -2,8 +2,6 @@
 
 import importlib.util
 import logging
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +10,7 @@ import rich.console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from input_pipeline.command_line import say
+from input_pipeline.command_line import say, silence
 from training.records import EpochRecord, best, best_step
 from training.workdir import CHECKPOINTS, CURVES_FILE, METRICS_FILE
 
@@ -65,7 +63,7 @@ class _Output(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Goes on silently once the reader of the output has gone, as `head` does."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
         log.warning("nobody reads standard output any more; the run goes on without it")
 
 
