@@ -14,7 +14,8 @@ input and the gradient of the kernel are each computed in one of three forms:
 
 :func:`form_of` chooses the form by the shapes, from measurements by
 ``benchmarks/convolution.py``. Arrays are ``(batch, height, width, channels)`` and kernels
-``(height, width, inputs, outputs)``, of any floating dtype. The result has the same dtype.
+``(height, width, inputs, outputs)``, of any floating dtype. The result has the same
+dtype. It has derivatives of any order, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir, xla
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -69,50 +73,103 @@ def convolve(
       ``(batch, height', width', outputs)``.
     """
     (stride,), (pad,) = set(strides), set(itertools.chain(*padding))
-    y: jax.Array = _convolve(x, kernel, Window(stride, pad))
+    window = Window(stride, pad)
+    sides = (window.size(n, taps) for n, taps in zip(x.shape[1:3], kernel.shape[:2], strict=True))
+    shape = (x.shape[0], *sides, kernel.shape[3])
+    y: jax.Array = PRODUCT.bind(x, kernel, wanted=2, shape=shape, window=window, mapped=())
     return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    y: jax.Array = lax.platform_dependent(
-        x,
-        kernel,
-        cpu=_quickest("output", x, kernel, window),
-        default=functools.partial(native_output, window=window),
-    )
-    return y
+# The sum of convolve(x, kernel) * dy is linear in x, in kernel and in dy. Its gradients with
+# respect to them are the input's gradient, the kernel's gradient and the output. So each of these
+# is a product of two of the three arrays, and the derivatives of such a product, forward or
+# backward, are again such products. PRODUCT is the operation that computes them:
+#
+# - wanted: the place, among the three arrays, of the one that is computed and not given;
+# - shape: the shape of the result, before any jax.vmap;
+# - mapped: for each jax.vmap, from the outermost, the sizes of the axes that it puts in front of
+#   the three arrays, or 0 where it puts none.
+#
+# Its name is that of XLA's own convolution, for those who look for convolutions in a jaxpr.
+PRODUCT = Primitive("conv_general_dilated")
+ARRAYS = ("input", "kernel", "output")
 
 
-def _convolve_forward(
-    x: jax.Array, kernel: jax.Array, window: Window
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve(x, kernel, window), (x, kernel)
+def _multiply(
+    *given: jax.Array,
+    wanted: int,
+    shape: tuple[int, ...],
+    window: Window,
+    mapped: Sequence[tuple[int, ...]],
+    cpu: bool,
+) -> jax.Array:
+    """Computes a product, in the quickest form if it is for a CPU."""
+    what = ARRAYS[wanted]
+
+    def product(*given: jax.Array) -> jax.Array:
+        arrays: list[Any] = list(given)
+        if what != "output":
+            arrays.insert(wanted, jax.ShapeDtypeStruct(shape, given[0].dtype))
+        x, kernel, *_ = arrays
+        form = form_of(what, x.shape[1:3], kernel.shape, window) if cpu else "native"
+        return FORMS[what][form](*arrays, window)
+
+    for sizes in reversed(mapped):
+        axes = [0 if size else None for at, size in enumerate(sizes) if at != wanted]
+        product = jax.vmap(product, axes)
+        if not sizes[wanted]:
+            product = functools.partial(lambda every, *given: every(*given).sum(0), product)
+    return product(*given)
 
 
-def _convolve_backward(
-    window: Window, kept: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    return (
-        lax.platform_dependent(
-            x,
-            kernel,
-            dy,
-            cpu=_quickest("input", x, kernel, window),
-            default=functools.partial(native_input_gradient, window=window),
-        ),
-        lax.platform_dependent(
-            x,
-            kernel,
-            dy,
-            cpu=_quickest("kernel", x, kernel, window),
-            default=functools.partial(native_kernel_gradient, window=window),
-        ),
-    )
+def _abstract(
+    *given: ShapedArray,
+    wanted: int,
+    shape: tuple[int, ...],
+    mapped: Sequence[tuple[int, ...]],
+    **_: Window,
+) -> ShapedArray:
+    """Returns the type of a product."""
+    sizes = (sizes[wanted] for sizes in mapped if sizes[wanted])
+    return ShapedArray((*sizes, *shape), given[0].dtype)
 
 
-_convolve.defvjp(_convolve_forward, _convolve_backward)
+def _transpose(of: int, dy: jax.Array, *given: Any, wanted: int, **params: Any) -> jax.Array:
+    """Returns the gradient with respect to the given array ``of``, 0 or 1."""
+    arrays = list(given)
+    arrays.insert(wanted, dy)
+    of += of >= wanted
+    shape = arrays.pop(of).aval.shape[-4:]
+    gradient: jax.Array = PRODUCT.bind(*arrays, **params | {"wanted": of, "shape": shape})
+    return gradient
+
+
+def _batch(
+    given: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    *,
+    wanted: int,
+    mapped: tuple[tuple[int, ...], ...],
+    **params: Any,
+) -> tuple[jax.Array, int]:
+    """Returns the product of mapped arrays, and the axis of it that is mapped."""
+    pairs = list(zip(given, axes, strict=True))
+    sizes = [0 if axis is None else a.shape[axis] for a, axis in pairs]
+    sizes.insert(wanted, max(sizes))
+    given = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in pairs]
+    return PRODUCT.bind(*given, wanted=wanted, mapped=(tuple(sizes), *mapped), **params), 0
+
+
+def _lowering(*, cpu: bool) -> Callable[..., Any]:
+    return mlir.lower_fun(functools.partial(_multiply, cpu=cpu), multiple_results=False)
+
+
+PRODUCT.def_impl(functools.partial(xla.apply_primitive, PRODUCT))
+PRODUCT.def_abstract_eval(_abstract)
+ad.defbilinear(PRODUCT, functools.partial(_transpose, 0), functools.partial(_transpose, 1))
+batching.primitive_batchers[PRODUCT] = _batch
+mlir.register_lowering(PRODUCT, _lowering(cpu=False))
+mlir.register_lowering(PRODUCT, _lowering(cpu=True), platform="cpu")
 
 
 def form_of(what: str, map_size: Sequence[int], kernel_shape: Sequence[int], window: Window) -> str:
@@ -132,13 +189,6 @@ def form_of(what: str, map_size: Sequence[int], kernel_shape: Sequence[int], win
     if (height, width) == (3, 3) and window.stride == 1 and window.padding <= 2:
         return "winograd" if max(map_size) > 2 else "taps"
     return "native" if what != "kernel" and max(map_size) > SMALL else "taps"
-
-
-def _quickest(
-    what: str, x: jax.Array, kernel: jax.Array, window: Window
-) -> Callable[..., jax.Array]:
-    form = form_of(what, x.shape[1:3], kernel.shape, window)
-    return functools.partial(FORMS[what][form], window=window)
 
 
 # The three forms of the output.
@@ -181,7 +231,7 @@ def native_input_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
     """Returns XLA's own gradient. Only the shape of ``x`` matters."""
-    dx: jax.Array = jax.vjp(lambda x: native_output(x, kernel, window), x)[1](dy)[0]
+    dx: jax.Array = jax.linear_transpose(lambda x: native_output(x, kernel, window), x)(dy)[0]
     return dx
 
 
@@ -209,7 +259,9 @@ def native_kernel_gradient(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, window: Window
 ) -> jax.Array:
     """Returns XLA's own gradient. Only the shape of ``kernel`` matters."""
-    dk: jax.Array = jax.vjp(lambda kernel: native_output(x, kernel, window), kernel)[1](dy)[0]
+    dk: jax.Array = jax.linear_transpose(lambda kernel: native_output(x, kernel, window), kernel)(
+        dy
+    )[0]
     return dk
 
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import models
 from models import cpu_convolution
 from models.cpu_convolution import FORMS, Window, convolve, form_of
 
@@ -141,6 +143,85 @@ def test_it_can_be_mapped_over_networks():
         alone = with_gradients(native(window))(x[i], k[i], dy[i])
         for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 1)])
+def test_the_gradients_of_mapped_convolutions_are_those_of_the_native(axes):
+    window = Window(1, 1)
+
+    def gradients(function):
+        mapped = jax.vmap(jax.vmap(function, axes), axes)
+        return jax.jit(jax.grad(lambda x, k: jnp.sum(jnp.sin(mapped(x, k))), (0, 1)))
+
+    def repeat(a, axis):
+        for weights in [] if axis is None else ([1, 2, -1], [1, 3]):
+            a = jnp.stack([weight * a for weight in weights], axis)
+        return a
+
+    with jax.enable_x64(True):
+        x, k, _ = operands((4, 4), 3, window, jnp.float64, channels=(16, 16))
+        x, k = repeat(x, axes[0]), repeat(k, axes[1])
+        found, expected = (gradients(f(window))(x, k) for f in (ours, native))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def forward_and_second(function):
+    """Both kinds of forward derivatives, and the derivative of a gradient."""
+
+    def every(x, k, dx, dk):
+        linear = jax.linearize(function, x, k)
+        gradient = jax.grad(lambda x, k: jnp.sum(jnp.sin(function(x, k))), (0, 1))
+        return (
+            jax.jvp(function, (x, k), (dx, dk)),
+            jax.jvp(lambda k: function(x, k), (k,), (dk,)),
+            (linear[0], linear[1](dx, dk)),
+            jax.jvp(gradient, (x, k), (dx, dk)),
+        )
+
+    return jax.jit(every)
+
+
+@pytest.mark.parametrize(
+    ("map_size", "kernel", "stride", "padding", "form"),
+    [
+        (*shape, form)
+        for shape, form in itertools.product(SHAPES[1:9:2], FORMS["output"])
+        if fits(form, *shape[1:3])
+    ],
+)
+def test_every_form_has_the_forward_derivatives_of_the_native(
+    map_size, kernel, stride, padding, form, monkeypatch
+):
+    monkeypatch.setattr(cpu_convolution, "form_of", lambda *_: form)
+    window = Window(stride, padding)
+    with jax.enable_x64(True):
+        x, k, _ = operands(map_size, kernel, window, jnp.float64)
+        given = x, k, jnp.cos(3 * x), jnp.cos(3 * k)
+        found = forward_and_second(ours(window))(*given)
+        expected = forward_and_second(native(window))(*given)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == jnp.float64
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg11"])
+def test_networks_have_the_forward_derivatives_of_the_native(arch, monkeypatch):
+    types = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    make = lambda: models.create(arch, (8, 8, 1), 10, rngs=nnx.Rngs(0), **types)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        graphdef, *shapes = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+        draw = lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape))
+        params, change, averages = (jax.tree.map(draw, shapes[i]) for i in (0, 0, 1))
+        images = jnp.asarray(rng.standard_normal((4, 8, 8, 1)))
+        network = lambda params: nnx.merge(graphdef, params, averages, copy=True)(images)
+        forward = lambda params, change: jax.jvp(network, (params,), (change,))
+        found = jax.jit(lambda *given: forward(*given))(params, change)
+        monkeypatch.setattr(cpu_convolution, "form_of", lambda *_: "native")
+        expected = jax.jit(lambda *given: forward(*given))(params, change)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.max(np.abs(b)))
 
 
 def operations(function, given, platform):
