@@ -3,7 +3,7 @@
     python benchmarks/convolution.py
 
 times each form of :mod:`models.cpu_convolution` (of the output, of the input's and of the kernel's
-gradient) for the layers of `vgg16`, `resnet18` and `resnet50` on pictures of 32x32, and prints the
+gradient) for the layers of `vgg16`, `resnet18` and `resnet50` on images of 32x32, and prints the
 milliseconds of XLA's own and how many times as fast the others are; the one that the rule chooses
 has a star. The forms take turns, and the best of several counts.
 
@@ -58,7 +58,7 @@ class Options:
     """Times each form of each convolution."""
 
     batch_sizes: tuple[int, ...] = (64, 128)
-    """Pictures in a batch."""
+    """Images in a batch."""
     turns: int = 5
     """How often each is timed."""
     layers: int = len(LAYERS)

@@ -5,7 +5,7 @@
 first takes a few steps of both from the same weights on the same batches, and prints their losses.
 Then both take turns, several times, after warm-up:
 
-- `epoch`: all that training does, from uint8 pictures in memory to the next weights: here
+- `epoch`: all that training does, from uint8 images in memory to the next weights: here
   :class:`training.feeds.ResidentFeed`, there `pytorch_peer.py` with its DataLoader. With
   `--steps` it is so many steps, and the seconds are scaled to an epoch;
 - `step`: a step on one batch, which both have in memory.
@@ -49,7 +49,7 @@ class Options:
     arch: str = "fcn"
     """fcn, of depth 10 and width 256, vgg16 or resnet18."""
     batch_size: int = 128
-    """Pictures in a batch."""
+    """Images in a batch."""
     steps: int | None = None
     """Times so many steps instead of whole epochs."""
     turns: int = 3
@@ -63,7 +63,7 @@ class Options:
 
 
 def build_peer(options: Options, ours: Ours) -> pytorch_peer.Peer:
-    """The peer, on the same pictures and from the weights that ours has now."""
+    """The peer, on the same images and from the weights that ours has now."""
     import torch
 
     peer = pytorch_peer.build(
@@ -91,7 +91,7 @@ def as_pytorch(params, image_shape: tuple[int, int, int]) -> list[np.ndarray]:
         if leaf.ndim == 4:
             found.append(leaf.transpose(3, 2, 0, 1).copy())
         elif leaf.shape[0] == math.prod(image_shape):
-            # PyTorch flattens pictures with their channels first.
+            # PyTorch flattens images with their channels first.
             pixels = leaf.reshape(*image_shape, -1).transpose(3, 2, 0, 1)
             found.append(pixels.reshape(leaf.shape[::-1]).copy())
         else:
@@ -110,7 +110,7 @@ def main(options: Options) -> None:
 
 
 def batches(options: Options, ours: Ours, index: int) -> tuple[Batch, tuple]:
-    """A batch of the first pictures, as they are, for us and for the peer."""
+    """A batch of the first images, as they are, for us and for the peer."""
     import torch
 
     chosen = slice(index * options.batch_size, (index + 1) * options.batch_size)

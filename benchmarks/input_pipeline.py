@@ -7,7 +7,7 @@ compares, on the same files and with as many processes:
 - `ours`: :func:`input_pipeline.streaming.train_stream`, to arrays on the device;
 - `torch`: a PyTorch DataLoader whose workers decode with PIL, take a random resized crop, flip and
   make a float tensor, to batches in memory;
-- `decode`: simplejpeg decoding each picture whole, and nothing else.
+- `decode`: simplejpeg decoding each image whole, and nothing else.
 
 All take turns, several times, and the ratios are medians of those within a turn, since machines
 vary. What is timed begins after the workers have started. Then: what share of the time a step waits
@@ -52,9 +52,9 @@ class Options:
     workers: int = 1
     """Processes of each pipeline."""
     batch_size: int = 100
-    """Pictures in a batch."""
-    pictures: int = 1500
-    """Pictures timed in each turn."""
+    """Images in a batch."""
+    images: int = 1500
+    """Images timed in each turn."""
     turns: int = 7
     """How often each is timed."""
     steps: bool = True
@@ -63,11 +63,11 @@ class Options:
 
 def main(options: Options) -> None:
     """Prints the tables of ``benchmarks/RESULTS.md``."""
-    if options.workers < 1 or options.pictures < options.batch_size:
-        sys.exit("error: --workers must be at least 1, and --pictures at least --batch_size")
+    if options.workers < 1 or options.images < options.batch_size:
+        sys.exit("error: --workers must be at least 1, and --images at least --batch_size")
     source = imagenet.find(SPEC, options.data_dir).train
     kilobytes, pixels = mean_kilobytes(source), mean_pixels(source)
-    print(f"{source.size} pictures of {kilobytes:.0f} kB and {pixels:,.0f} pixels")
+    print(f"{source.size} images of {kilobytes:.0f} kB and {pixels:,.0f} pixels")
     parts(source)
     pipelines(options, Repeated(source))
     if options.steps:
@@ -80,13 +80,13 @@ def mean_kilobytes(source: Source) -> float:
 
 
 def mean_pixels(source: Source) -> float:
-    """Of the pictures."""
+    """Of the images."""
     headers = (jpeg._baseline_header(source[i].data) for i in range(source.size))
     return statistics.mean(h.height * h.width for h in headers if h)
 
 
 def parts(source: Source) -> None:
-    """Where the time of one picture goes, on one core, in milliseconds and of a whole decode."""
+    """Where the time of one image goes, on one core, in milliseconds and of a whole decode."""
     import cv2
     import simplejpeg
 
@@ -102,7 +102,7 @@ def parts(source: Source) -> None:
         "decode at 1/8: the entropy coding": lambda i: simplejpeg.decode_jpeg(
             records[i].data, min_height=1, min_width=1, min_factor=8
         ),
-        "decode the window and resize": lambda i: jpeg.picture(
+        "decode the window and resize": lambda i: jpeg.decode(
             records[i].data, lambda height, width: windows[i], SIDE
         ),
         "resize": lambda i: cv2.resize(pixels[i], (SIDE, SIDE)),
@@ -119,20 +119,20 @@ def parts(source: Source) -> None:
         for i in range(source.size):
             task(i)
         seconds[name].append((time.perf_counter() - start) / source.size)
-    print("\none picture, one core, best of 7          ms   of a whole decode")
+    print("\none image, one core, best of 7          ms   of a whole decode")
     for name, times in seconds.items():
         share = min(times) / min(seconds["decode whole"])
         print(f"{name:38s} {min(times) * 1e3:6.3f}   {share:6.2f}")
 
 
 def pil_example(records: list, windows: list[jpeg.Window], i: int) -> np.ndarray:
-    """The same picture by PIL, as a float array of channels first."""
+    """The same image by PIL, as a float array of channels first."""
     image = pil_image(records[i].data, windows[i], flipped=i % 2 == 0)
     return np.asarray(image, np.uint8).transpose(2, 0, 1).astype(np.float32) / 255
 
 
 def pil_image(data: bytes, window: jpeg.Window, flipped: bool):
-    """The steps of torchvision's RandomResizedCrop and RandomHorizontalFlip on PIL pictures."""
+    """The steps of torchvision's RandomResizedCrop and RandomHorizontalFlip on PIL images."""
     import io
 
     from PIL import Image
@@ -145,7 +145,7 @@ def pil_image(data: bytes, window: jpeg.Window, flipped: bool):
 
 
 class Repeated:
-    """The same pictures as often as it takes to have as many as ImageNet."""
+    """The same images as often as it takes to have as many as ImageNet."""
 
     size = 1_281_167
 
@@ -156,11 +156,11 @@ class Repeated:
         return self._source[index % self._source.size]
 
     def name(self, index: int) -> str:
-        """That of the picture."""
+        """That of the image."""
         return self._source.name(index % self._source.size)
 
 
-class TorchPictures:
+class TorchImages:
     """A map-style data set as PyTorch users write it."""
 
     def __init__(self, source: Source):
@@ -210,7 +210,7 @@ def torch_batches(options: Options, source: Source) -> Iterator[object]:
 
     return iter(
         torch.utils.data.DataLoader(
-            TorchPictures(source),
+            TorchImages(source),
             options.batch_size,
             shuffle=True,
             num_workers=options.workers,
@@ -220,7 +220,7 @@ def torch_batches(options: Options, source: Source) -> Iterator[object]:
 
 
 def decode_alone(options: Options, source: Source) -> Iterator[object]:
-    """As many pictures as a batch has, decoded by as many processes."""
+    """As many images as a batch has, decoded by as many processes."""
     with multiprocessing.get_context("spawn").Pool(
         options.workers, initializer=_keep_records, initargs=(source,)
     ) as pool:
@@ -244,7 +244,7 @@ def _decode(index: int) -> None:
 
 
 def pipelines(options: Options, source: Source) -> None:
-    """Pictures a second, each pipeline with all the machine to itself while it is timed."""
+    """Images a second, each pipeline with all the machine to itself while it is timed."""
     makers = {"ours": ours, "torch": torch_batches, "decode": decode_alone}
     try:
         import torch  # noqa: F401
@@ -265,11 +265,11 @@ def pipelines(options: Options, source: Source) -> None:
 
 
 def rate(options: Options, batches: Iterator[object]) -> float:
-    """Pictures a second once the pipeline runs."""
+    """Images a second once the pipeline runs."""
     # What was made ahead while the workers started is taken first.
     for _ in range(4 + 2 * options.workers):
         next(batches)
-    count = options.pictures // options.batch_size
+    count = options.images // options.batch_size
     start = time.perf_counter()
     for _ in range(count):
         next(batches)

@@ -31,7 +31,7 @@ class Options:
     arch: str = "resnet18"
     """fcn, vgg16 or resnet18."""
     batch_size: int = 128
-    """Pictures in a batch."""
+    """Images in a batch."""
 
 
 def main(options: Options) -> None:

@@ -41,7 +41,7 @@ class Options:
     arch: str = "resnet50"
     """The network."""
     image_size: int = 224
-    """Side of its pictures."""
+    """Side of its images."""
     turns: int = 15
     """How often each is timed."""
     muon: bool = True

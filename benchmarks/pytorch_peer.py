@@ -1,7 +1,7 @@
 """What `epoch.py` measures against: the same training in PyTorch, as its users write it.
 
 Eager, float32, on two threads: the networks of `models/`, automatic gradient descent, and a
-DataLoader over a data set that crops, flips and normalises each picture with PIL and NumPy.
+DataLoader over a data set that crops, flips and normalises each image with PIL and NumPy.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ PADDING = 4
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """A map-style data set: padded by 4, cropped at random, flipped by turns of a coin."""
 
     def __init__(self, spec: DatasetSpec, images: np.ndarray, labels: np.ndarray):
@@ -102,7 +102,7 @@ def fcn(
 
 
 def vgg16(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """VGG-16 with BatchNorm, for pictures of 32x32."""
+    """VGG-16 with BatchNorm, for images of 32x32."""
     layers, channels = [], image_shape[2]
     for width in VGG16:
         if width == "M":
@@ -114,7 +114,7 @@ def vgg16(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def resnet18(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The pre-activation ResNet-18 for small pictures."""
+    """The pre-activation ResNet-18 for small images."""
     layers, channels = [conv(image_shape[2], 64, 3)], 64
     for stage in range(4):
         for i in range(2):
@@ -228,9 +228,9 @@ def build(
     torch.set_num_threads(threads)
     network = NETWORKS[arch](spec.image_shape, spec.num_classes)
     orthogonal_(network)
-    pictures = Pictures(spec, images, labels)
+    dataset = Images(spec, images, labels)
     loader = torch.utils.data.DataLoader(
-        pictures,
+        dataset,
         batch_size,
         shuffle=True,
         drop_last=True,

@@ -33,9 +33,9 @@ class Options:
     arch: str = "resnet50"
     """The network."""
     image_size: int = 224
-    """Side of its pictures."""
+    """Side of its images."""
     batch: int = 32
-    """Pictures on each device."""
+    """Images on each device."""
     devices: tuple[int, ...] = (1, 8, 64, 256)
     """How many devices."""
     axes: tuple[str, ...] = ("data", "fsdp")

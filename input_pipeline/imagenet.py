@@ -54,18 +54,18 @@ class FolderSource:
     Its names, more than a million, are kept as one array of bytes, which is cheap to send.
     """
 
-    def __init__(self, root: epath.Path, pictures: dict[str, list[str]], classes: dict[str, int]):
+    def __init__(self, root: epath.Path, names: dict[str, list[str]], classes: dict[str, int]):
         """Keeps the names.
 
         Args:
           root: the folder of the split, which may be in a cloud.
-          pictures: the names of the files in each of its folders.
+          names: the names of the files in each of its folders.
           classes: the label of each folder.
         """
         self._root = root
-        self._folders = list(pictures)
-        sizes = [len(names) for names in pictures.values()]
-        self._names = np.array([os.fsencode(n) for names in pictures.values() for n in names])
+        self._folders = list(names)
+        sizes = [len(files) for files in names.values()]
+        self._names = np.array([os.fsencode(file) for files in names.values() for file in files])
         self._folder = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         self._labels = np.array([classes[folder] for folder in self._folders], np.int32)
         self.size = len(self._names)
@@ -146,18 +146,18 @@ def _prepared(spec: DatasetSpec, root: epath.Path) -> Sources:
 
 
 def _folders(spec: DatasetSpec, root: epath.Path) -> Sources:
-    splits = {split: _pictures(root / split) for split in ("train", "val")}
-    for split, pictures in splits.items():
-        if not pictures:
+    splits = {split: _image_names(root / split) for split in ("train", "val")}
+    for split, names in splits.items():
+        if not names:
             raise DataError(
-                f"--data_dir {root}: {split} has no folders of pictures, one for each class"
+                f"--data_dir {root}: {split} has no folders of images, one for each class"
             )
     classes = _labels(spec, root, set().union(*splits.values()))
-    train, test = (FolderSource(root / s, pictures, classes) for s, pictures in splits.items())
+    train, test = (FolderSource(root / s, names, classes) for s, names in splits.items())
     return Sources(train, test, tuple(classes))
 
 
-def _pictures(folder: epath.Path) -> dict[str, list[str]]:
+def _image_names(folder: epath.Path) -> dict[str, list[str]]:
     """Returns the sorted names of the images in each subfolder that has any, in sorted order."""
     found = {}
     for path in sorted(folder.iterdir()):

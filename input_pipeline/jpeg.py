@@ -84,7 +84,7 @@ def _centred(height: int, width: int, h: int, w: int) -> Window:
     return Window((height - h) // 2, (width - w) // 2, h, w)
 
 
-def picture(data: bytes, choose: ChooseWindow, size: int) -> np.ndarray:
+def decode(data: bytes, choose: ChooseWindow, size: int) -> np.ndarray:
     """Decodes the window of an image that ``choose`` returns, at ``size`` x ``size`` pixels.
 
     JPEGs of colour or grey, baseline or not, CMYK, PNG and whatever else OpenCV reads are

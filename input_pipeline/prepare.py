@@ -93,7 +93,7 @@ def prepare_imagenet(tars: Path | None, data_dir: epath.PathLike) -> None:
     for split, expected in IMAGENET_SIZES.items():
         if (found := builder.info.splits[split].num_examples) != expected:
             log.warning(
-                "%s has %s pictures, and not %s; was an archive cut off?", split, found, expected
+                "%s has %s images, and not %s; was an archive cut off?", split, found, expected
             )
 
 
@@ -108,26 +108,26 @@ def _imagenet(tars: Path) -> dict[str, prepared.Examples]:
     labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     classes = labels.read_text().split()
 
-    def pictures(archive: tarfile.TarFile) -> Iterator[tuple[str, io.BytesIO]]:
+    def files(archive: tarfile.TarFile) -> Iterator[tuple[str, io.BytesIO]]:
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)):
                 yield Path(member.name).name, io.BytesIO(file.read())
 
-    def example(name: str, picture: io.BytesIO, label: str) -> tuple[str, dict[str, Any]]:
-        return name, {"file_name": name, "image": picture, "label": label}
+    def example(name: str, data: io.BytesIO, label: str) -> tuple[str, dict[str, Any]]:
+        return name, {"file_name": name, "image": data, "label": label}
 
     def train() -> prepared.Examples:
         with tarfile.open(tars / IMAGENET_TRAIN) as archive:
-            for synset, inner in pictures(archive):
+            for synset, inner in files(archive):
                 with tarfile.open(fileobj=inner) as folder:
-                    for name, picture in pictures(folder):
-                        yield example(name, picture, Path(synset).stem)
+                    for name, data in files(folder):
+                        yield example(name, data, Path(synset).stem)
 
     def validation() -> prepared.Examples:
         with tarfile.open(tars / IMAGENET_VALIDATION) as archive:
-            for name, picture in pictures(archive):
+            for name, data in files(archive):
                 number = int(Path(name).stem.rsplit("_", 1)[1])
-                yield example(name, picture, classes[number - 1])
+                yield example(name, data, classes[number - 1])
 
     return {"train": train(), "validation": validation()}
 

@@ -153,9 +153,9 @@ def _mnist(paths: dict[str, Path], info: DatasetInfo) -> dict[str, Examples]:
     def examples(prefix: str) -> Examples:
         pixels = gzip.decompress(paths[f"{prefix}-images-idx3-ubyte.gz"].read_bytes())[16:]
         labels = gzip.decompress(paths[f"{prefix}-labels-idx1-ubyte.gz"].read_bytes())[8:]
-        pictures = np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28)
-        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-            yield i, {"image": _picture(picture), "label": label}
+        images = np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28)
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield i, {"image": _as_image(image), "label": label}
 
     return {"train": examples("train"), "test": examples("t10k")}
 
@@ -183,15 +183,15 @@ def _cifar(members: dict[str, list[str]], names: dict[str, str]) -> Reader:
             data = np.frombuffer(b"".join(files[f] for f in members[split]), np.uint8)
             for i, record in enumerate(data.reshape(-1, len(names) + 3 * 32 * 32)):
                 labels = dict(zip(names, record.tolist(), strict=False))
-                picture = record[len(names) :].reshape(3, 32, 32).transpose(1, 2, 0)
-                yield i, {"id": f"{split}_{i:05d}", "image": _picture(picture), **labels}
+                pixels = record[len(names) :].reshape(3, 32, 32).transpose(1, 2, 0)
+                yield i, {"id": f"{split}_{i:05d}", "image": _as_image(pixels), **labels}
 
         return {split: examples(split) for split in members}
 
     return read
 
 
-def _picture(pixels: np.ndarray) -> Image.Image:
+def _as_image(pixels: np.ndarray) -> Image.Image:
     from PIL import Image
 
     return Image.fromarray(np.ascontiguousarray(pixels))

@@ -180,7 +180,7 @@ def _decode(spec: DatasetSpec, builder: DatasetBuilder, split: str) -> Split:
         for i, example in zip(indices, source.__getitems__(indices), strict=True):
             if example["image"].shape != spec.image_shape:
                 raise DataError(
-                    f"--dataset {spec.name}: {builder.data_path} has a picture of shape "
+                    f"--dataset {spec.name}: {builder.data_path} has an image of shape "
                     f"{example['image'].shape}, not {spec.image_shape}; prepare it again"
                 )
             images[i], labels[i] = example["image"], example["label"]

@@ -342,7 +342,7 @@ def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -
     """Makes one element of a batch, a blank of weight zero if the image cannot be read."""
     try:
         record = source[index]
-        image = jpeg.picture(record.data, window, side)
+        image = jpeg.decode(record.data, window, side)
     except (jpeg.UnreadableError, OSError):
         return _blank(index, side)
     return {

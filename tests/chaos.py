@@ -2,7 +2,7 @@
 
     python tests/chaos.py
 
-trains fcn on digits, and on pictures that are streamed, once in peace; then fifty and three times
+trains fcn on digits, and on images that are streamed, once in peace; then fifty and three times
 more with ``kill -9`` in between, each time started again with the same command; and compares
 parameters and metrics to the last bit. Not in the default suite: it takes a quarter of an hour. The
 suite does some of it, in ``tests/training/test_resuming.py``.
@@ -27,7 +27,7 @@ sys.path.insert(0, os.fspath(ROOT))
 
 from flax import nnx  # noqa: E402
 
-from tests.pictures import write_tree  # noqa: E402
+from tests.images import write_tree  # noqa: E402
 from training import checkpoints  # noqa: E402
 
 TIMINGS = {"seconds", "images_per_second"}
@@ -45,7 +45,7 @@ class Options:
     resident: int = 50
     """Runs of fcn on digits."""
     streamed: int = 3
-    """Runs on pictures that are streamed."""
+    """Runs on images that are streamed."""
     kills: int = 4
     """The most that a run is killed."""
     seed: int = 0

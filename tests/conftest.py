@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline.prepared import data_path
-from tests.pictures import small_pictures
+from tests.images import small_images
 
 # What earlier runs have compiled is not to decide how a test ends. Read when JAX is imported.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -22,7 +22,7 @@ def prepared(tmp_path):
         builder = tfds.builder(name, data_dir=tmp_path / "tfds", file_format=file_format)
 
         def examples(split, count):
-            images, labels = small_pictures(name, count, seed=len(split))
+            images, labels = small_images(name, count, seed=len(split))
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
                 png = io.BytesIO()
                 Image.fromarray(image.squeeze()).save(png, format="png")

@@ -18,7 +18,7 @@ from PIL import Image
 from input_pipeline import resident
 from input_pipeline.specs import SPECS
 from tests.helpers import ROOT, free_address
-from tests.pictures import write_tars, write_tree
+from tests.images import write_tars, write_tree
 
 README = (ROOT / "README.md").read_text()
 SMALL = "--arch fcn --width 16 --depth 2 --train_bs 4 --test_bs 4 --image_size 16 --epochs 1"

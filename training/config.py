@@ -76,10 +76,10 @@ class TrainConfig:
     seed: int = 0
     """Fixes starting weights, order and augmentation."""
     image_size: Annotated[int | None, _flag(("PIXELS",), "224")] = None
-    """Side of imagenet's pictures as the network sees them."""
+    """Side of imagenet's images as the network sees them."""
     workers: Annotated[int | None, _flag(("INT",), "one for each core but one")] = None
-    """Processes that decode imagenet's training pictures, and as many that wait to decode its
-    test pictures; 0 decodes in threads."""
+    """Processes that decode imagenet's training images, and as many that wait to decode its
+    test images; 0 decodes in threads."""
     data_dir: Annotated[
         str | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
     ] = None
@@ -194,7 +194,7 @@ class TrainConfig:
 
     @property
     def spec(self) -> DatasetSpec:
-        """The data set, with its pictures in the size that the network is to see."""
+        """The data set, with its images in the size that the network is to see."""
         spec = SPECS[self.dataset]
         if self.image_size is None:
             return spec

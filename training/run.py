@@ -279,12 +279,12 @@ def describe(
     device, size = plan.mesh.devices.flat[0], plan.mesh.devices.size
     train, test = data.train.size, data.test.size
     pixels = " x ".join(map(str, config.spec.image_shape))
-    batches = f"{train // config.train_bs:,} steps of {config.train_bs} pictures"
+    batches = f"{train // config.train_bs:,} steps of {config.train_bs} images"
     facts = {
         "devices": f"{size} x {device.platform} ({device.device_kind})"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f", mesh {config.mesh}" if config.mesh else ""),
-        "data": f"{config.dataset}, {train:,} training and {test:,} test pictures of {pixels}",
+        "data": f"{config.dataset}, {train:,} training and {test:,} test images of {pixels}",
         "network": f"{config.arch}, {sum(p.size for p in leaves):,} parameters in "
         f"{len(leaves)} tensors",
         "training": f"{config.epochs} epochs of {batches}, {config.loss}, {config.precision}, "

@@ -7,7 +7,7 @@ import pytest
 from input_pipeline import imagenet
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
-from tests.pictures import LABELS, SYNSETS, encoded, photograph, write_tree
+from tests.images import LABELS, SYNSETS, encoded, photograph, write_tree
 
 SPEC = SPECS["imagenet"]
 
@@ -26,8 +26,8 @@ def prepared_imagenet(tmp_path):
         def examples(split):
             for i in range(count):
                 name = f"{split}_{i}.JPEG"
-                picture = io.BytesIO(encoded(photograph(40, 50, seed=i)))
-                yield name, {"image": picture, "label": SYNSETS[i % 3], "file_name": name}
+                image = io.BytesIO(encoded(photograph(40, 50, seed=i)))
+                yield name, {"image": image, "label": SYNSETS[i % 3], "file_name": name}
 
         builder._split_generators = lambda _: {split: examples(split) for split in splits}
         builder.download_and_prepare()
@@ -141,7 +141,7 @@ def test_tfrecords_are_refused_with_the_command_that_converts_them(prepared_imag
         (lambda root: [(root / s).mkdir() for s in ("train", "val")], "train has no folders of"),
         (
             lambda root: (write_tree(root, 3, 0), (root / "val").mkdir()),
-            "val has no folders of pictures",
+            "val has no folders of images",
         ),
         (
             lambda root: write_tree(root, 1001, 1, [f"c{i:04d}" for i in range(1001)]),

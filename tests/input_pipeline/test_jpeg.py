@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import jpeg
-from tests.pictures import encoded, photograph
+from tests.images import encoded, photograph
 
 
 def whole(height, width):
@@ -23,7 +23,7 @@ def reference(data, window, size):
 
 
 def difference(data, window, size):
-    got = jpeg.picture(data, lambda height, width: window, size)
+    got = jpeg.decode(data, lambda height, width: window, size)
     assert got.shape == (size, size, 3)
     assert got.dtype == np.uint8
     return np.abs(got - reference(data, window, size)).mean()
@@ -40,12 +40,12 @@ def difference(data, window, size):
         jpeg.Window(299, 399, 1, 1),
     ],
 )
-def test_a_window_is_that_of_the_picture_decoded_whole(window, subsampling):
+def test_a_window_is_that_of_the_image_decoded_whole(window, subsampling):
     data = encoded(photograph(300, 400), subsampling=subsampling)
     assert difference(data, window, 128) < 2.5
 
 
-def test_a_window_of_a_picture_decoded_at_an_eighth_is_right_to_a_pixel():
+def test_a_window_of_a_image_decoded_at_an_eighth_is_right_to_a_pixel():
     data = encoded(photograph(300, 400))
     assert difference(data, whole(300, 400), 30) < 4
     assert difference(data, whole(296, 400), 30) < 3
@@ -62,7 +62,7 @@ def test_only_what_is_needed_is_decoded(monkeypatch):
     monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", spy)
     data = encoded(photograph(300, 400))
     for window, size in (((10, 10, 90, 90), 64), ((0, 0, 300, 400), 100), ((0, 0, 300, 400), 30)):
-        jpeg.picture(data, lambda height, width, w=window: jpeg.Window(*w), size)
+        jpeg.decode(data, lambda height, width, w=window: jpeg.Window(*w), size)
     assert sizes == [(100, 400), (150, 200), (38, 50)]
 
 
@@ -84,12 +84,12 @@ def test_png_whatever_it_is_called(mode):
 
 
 def test_a_mark_of_orientation_changes_nothing():
-    picture = photograph(60, 80)
+    image = photograph(60, 80)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    data = encoded(picture, exif=exif)
+    data = encoded(image, exif=exif)
     assert difference(data, whole(60, 80), 50) < 2.5
-    progressive = encoded(picture, exif=exif, progressive=True)
+    progressive = encoded(image, exif=exif, progressive=True)
     assert difference(progressive, whole(60, 80), 50) < 2.5
 
 
@@ -115,12 +115,12 @@ def test_a_segment_between_the_headers_changes_nothing():
     ("data", "reason"),
     [
         (b"", "."),
-        (b"not a picture at all", "no format"),
+        (b"not an image at all", "no format"),
         (JPEG[:2], "."),
         (JPEG[:20], "."),
         (JPEG[: len(JPEG) // 2], "cut off"),
         (JPEG[:-2], "cut off"),
-        # A thumbnail's end is not the picture's: here in a segment after the frame header.
+        # A thumbnail's end is not the image's: here in a segment after the frame header.
         (THUMBNAIL[:-100], "cut off"),
         (bytes(HUGE).replace(b"\xff\xc0", b"\xff\xc2", 1), "65000 x 65000"),
         (bytes(HUGE), "65000 x 65000"),
@@ -129,7 +129,7 @@ def test_a_segment_between_the_headers_changes_nothing():
 )
 def test_what_cannot_be_read_is_said_to_be(data, reason):
     with pytest.raises(jpeg.UnreadableError, match=reason):
-        jpeg.picture(data, whole, 32)
+        jpeg.decode(data, whole, 32)
 
 
 def test_damage_of_any_kind_is_decoded_or_refused():
@@ -140,7 +140,7 @@ def test_damage_of_any_kind_is_decoded_or_refused():
         for at in rng.randint(0, len(data), rng.randint(1, 4)):
             data[at] = rng.randint(256)
         try:
-            assert jpeg.picture(bytes(data), jpeg.central_window, 32).shape == (32, 32, 3)
+            assert jpeg.decode(bytes(data), jpeg.central_window, 32).shape == (32, 32, 3)
         except jpeg.UnreadableError:
             refused += 1
     assert 0 < refused < 300
@@ -170,7 +170,7 @@ def test_random_windows_have_the_distribution_they_say():
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 1000), (1000, 1), (7, 5), (224, 224)])
-def test_windows_of_odd_pictures_are_within_them(height, width):
+def test_windows_of_odd_images_are_within_them(height, width):
     rng = np.random.default_rng(0)
     windows = [jpeg.random_window(rng, height, width) for _ in range(50)]
     for window in [*windows, jpeg.central_window(height, width)]:
@@ -188,5 +188,5 @@ def test_mirrored():
     np.testing.assert_array_equal(jpeg.mirrored(image), image[:, ::-1])
 
 
-def test_pictures_do_not_start_threads_of_their_own():
+def test_images_do_not_start_threads_of_their_own():
     assert cv2.getNumThreads() == 1

@@ -16,12 +16,12 @@ import tensorflow_datasets as tfds
 from input_pipeline import imagenet, prepare, resident
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
-from tests.pictures import small_pictures, write_tars
+from tests.images import small_images, write_tars
 
 
 def mnist_archives(folder):
     for split, file, count in (("train", "train", 40), ("test", "t10k", 20)):
-        images, labels = small_pictures("mnist", count, seed=len(split))
+        images, labels = small_images("mnist", count, seed=len(split))
         pixels, classes = bytes(16) + images.tobytes(), bytes(8) + bytes(labels.tolist())
         for kind, content in (("images-idx3", pixels), ("labels-idx1", classes)):
             path = folder / f"{file}-{kind}-ubyte.gz"
@@ -40,7 +40,7 @@ def cifar_archive(folder, name, batches, label_files):
 
         for file, split, chosen in batches:
             count = 40 if split == "train" else 20
-            images, labels = small_pictures(name, count, seed=len(split))
+            images, labels = small_images(name, count, seed=len(split))
             # Bytes of a record: the labels, the fine one last, then three planes of colour.
             coarse = [bytes([label // 5]) if name == "cifar100" else b"" for label in labels]
             records = [
@@ -105,7 +105,7 @@ def test_an_absent_data_set_is_downloaded_and_prepared_without_tensorflow(served
     arrays = resident.load(SPECS[name], tmp_path / "data")
     assert "tensorflow" not in sys.modules
     for split, count in (("train", 40), ("test", 20)):
-        images, labels = small_pictures(name, count, seed=len(split))
+        images, labels = small_images(name, count, seed=len(split))
         found = getattr(arrays, split)
         # TFDS shuffles what it prepares.
         order = lambda x: np.lexsort(x.reshape(len(x), -1).T)
@@ -147,10 +147,10 @@ def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys, caplog):
         "n15075141": ["n15075141_9.JPEG"],
     }
     validation = ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00050000.JPEG"]
-    pictures = write_tars(tmp_path, train, validation)
+    images = write_tars(tmp_path, train, validation)
     prepare.main(prepare.Options("imagenet", str(tmp_path / "data"), tars=tmp_path))
     assert "imagenet is prepared in" in capsys.readouterr().out
-    assert "train has 3 pictures, and not 1281167; was an archive cut off?" in caplog.text
+    assert "train has 3 images, and not 1281167; was an archive cut off?" in caplog.text
     # What is prepared needs no archives.
     prepare.prepare_imagenet(None, tmp_path / "data")
 
@@ -158,9 +158,9 @@ def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys, caplog):
     assert (len(sources.classes), sources.classes[0]) == (1000, "n01440764")
     for source in (sources.train, sources.test):
         for i in range(source.size):
-            assert source[i].data == pictures[source.name(i)]
+            assert source[i].data == images[source.name(i)]
             found[source.name(i)] = source[i].label
-    # The first and the last of the validation pictures are n01751748 and n02437616.
+    # The first and the last of the validation images are n01751748 and n02437616.
     assert found == {
         "n01440764_1.JPEG": 0,
         "n01440764_2.JPEG": 0,

@@ -165,7 +165,7 @@ def test_real_data_has_the_statistics_it_is_normalised_by(real_data, name):
     assert len(arrays.test.labels) == 10_000
     pixels = arrays.train.images
     assert spec.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)) / 255, abs=2e-4)
-    # CIFAR's usual divisors are means of the pictures' own deviations, and so a little smaller.
+    # CIFAR's usual divisors are means of the images' own deviations, and so a little smaller.
     assert spec.std == pytest.approx(pixels.std(axis=(0, 1, 2)) / 255, rel=0.25)
 
 
@@ -223,12 +223,12 @@ def test_colours_are_normalised_channel_by_channel():
 
 def test_augmentation_is_a_padded_crop_and_a_flip_each_as_likely_as_the_others():
     batch = 20_000
-    # A picture in which every pixel knows its place.
-    picture = 1 + np.arange(32 * 32, dtype=np.int32).reshape(32, 32, 1)
+    # An image in which every pixel knows its place.
+    image = 1 + np.arange(32 * 32, dtype=np.int32).reshape(32, 32, 1)
     chosen = jnp.zeros(batch, jnp.int32)
-    augmented = np.asarray(resident.crop_and_flip(jax.random.key(0), picture[None], chosen))
+    augmented = np.asarray(resident.crop_and_flip(jax.random.key(0), image[None], chosen))
 
-    padded = np.pad(picture[..., 0], 4)
+    padded = np.pad(image[..., 0], 4)
     crops = {}
     for y in range(9):
         for x in range(9):
@@ -243,7 +243,7 @@ def test_augmentation_is_a_padded_crop_and_a_flip_each_as_likely_as_the_others()
     assert chi2 < 240  # 161 degrees of freedom: exceeded by chance in 1 of 20,000
 
 
-def test_augmentation_takes_the_chosen_pictures_and_depends_on_its_key():
+def test_augmentation_takes_the_chosen_images_and_depends_on_its_key():
     images = jnp.arange(1, 17, dtype=jnp.uint8)[:, None, None, None] * jnp.ones(
         (8, 8, 3), jnp.uint8
     )
@@ -253,7 +253,7 @@ def test_augmentation_takes_the_chosen_pictures_and_depends_on_its_key():
     )
     assert one.dtype == jnp.uint8
     assert one.shape == (4, 8, 8, 3)
-    # Pictures of one colour each, of which no crop loses the middle.
+    # Images of one colour each, of which no crop loses the middle.
     assert one[:, 4, 4, 0].tolist() == [4, 16, 1, 4]
     np.testing.assert_array_equal(one, same)
     assert np.any(one != other)

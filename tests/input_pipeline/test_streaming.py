@@ -10,7 +10,7 @@ from PIL import Image
 
 from input_pipeline import imagenet, jpeg, streaming
 from input_pipeline.specs import DatasetSpec
-from tests.pictures import encoded, photograph, write_tree
+from tests.images import encoded, photograph, write_tree
 
 SIDE = 16
 SPEC = DatasetSpec(
@@ -28,17 +28,17 @@ TRAIN, TEST = 23, 10
 class Memory:
     """A source whose records are given. Records that are None cannot be had."""
 
-    def __init__(self, pictures):
-        self._pictures = pictures
-        self.size = len(pictures)
+    def __init__(self, images):
+        self._images = images
+        self.size = len(images)
 
     def __getitem__(self, index):
-        if self._pictures[index] is None:
+        if self._images[index] is None:
             raise OSError
-        return imagenet.Record(self._pictures[index], index)
+        return imagenet.Record(self._images[index], index)
 
     def name(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
 
 def memory(count):
@@ -146,7 +146,7 @@ def test_processes_partition_every_batch(count):
     for parts, batch in zip(zip(*shards, strict=True), whole, strict=True):
         together = np.concatenate([part["index"] for part in parts])
         assert sorted(together) == sorted(batch["index"])
-        # The pictures too are those of one process.
+        # The images too are those of one process.
         for part in parts:
             for image, index in zip(part["image"], part["index"], strict=True):
                 np.testing.assert_array_equal(image, batch["image"][batch["index"] == index][0])
@@ -159,7 +159,7 @@ def test_each_epoch_sees_another_window():
     assert make(2, 0)["image"].tobytes() == images[2].tobytes()
 
 
-def test_half_of_the_pictures_are_mirrored():
+def test_half_of_the_images_are_mirrored():
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[:, :, 0] = np.linspace(0, 255, 40)
     source = Memory([encoded(Image.fromarray(pixels))])
@@ -182,14 +182,14 @@ def test_each_test_example_is_seen_once_a_round(one_device, batch_size, steps):
         labels = np.concatenate([b.labels[b.weights == 1] for b in batches_of_round])
         np.testing.assert_array_equal(labels, np.arange(TEST))
     assert same(batches[:steps], batches[steps:])
-    picture = jpeg.picture(encoded(photograph(30, 40, seed=0)), jpeg.central_window, SIDE)
-    np.testing.assert_array_equal(batches[0].images[0], picture)
+    image = jpeg.decode(encoded(photograph(30, 40, seed=0)), jpeg.central_window, SIDE)
+    np.testing.assert_array_equal(batches[0].images[0], image)
 
 
 def test_what_cannot_be_read_weighs_nothing_and_is_named(train_stream):
-    pictures = [encoded(photograph(30, 40, seed=i)) for i in range(10)]
-    pictures[3], pictures[7] = b"not a picture", None
-    stream = train_stream(Memory(pictures), epochs=2)
+    images = [encoded(photograph(30, 40, seed=i)) for i in range(10)]
+    images[3], images[7] = b"not an image", None
+    stream = train_stream(Memory(images), epochs=2)
     unreadable = []
     for batch, bad in itertools.islice(stream, 2):
         weights = np.asarray(batch.weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pictures import write_tree
+from tests.images import write_tree
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SMALL = "--arch fcn --platform cpu --epochs 1 --depth 2 --width 16 --train_bs 16 --test_bs 40"

@@ -247,7 +247,7 @@ def test_accelerators_are_given_the_native_convolution(map_size, kernel, stride,
     assert operations(with_gradients(ours(window)), given, "cpu") != expected
 
 
-def test_pictures_are_left_to_the_native_form():
+def test_images_are_left_to_the_native_form():
     for what in FORMS:
         assert form_of(what, (32, 32), (3, 3, 3, 64), Window(1, 1)) == "native"
         assert form_of(what, (224, 224), (7, 7, 3, 64), Window(2, 3)) == "native"

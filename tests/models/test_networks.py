@@ -1,4 +1,4 @@
-"""What every network does, on pictures of every data set."""
+"""What every network does, on images of every data set."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_vgg_is_vgg16():
 
 
 @pytest.mark.slow
-def test_vgg_pads_small_pictures_evenly_with_zeros():
+def test_vgg_pads_small_images_evenly_with_zeros():
     options = {"dtype": jnp.float32, "param_dtype": jnp.float32}
     build = lambda size: models.create("vgg11", (size, size, 1), 10, rngs=nnx.Rngs(0), **options)
     images = jax.random.normal(jax.random.key(0), (2, 28, 28, 1))

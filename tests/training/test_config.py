@@ -64,7 +64,7 @@ def test_loss_defaults_to_that_of_the_data_set():
     assert TrainConfig(dataset="imagenet").resolved().loss == "xent"
 
 
-def test_the_size_of_pictures_is_that_of_the_data_set_or_as_asked():
+def test_the_size_of_images_is_that_of_the_data_set_or_as_asked():
     assert TrainConfig(dataset="imagenet").spec.image_shape == (224, 224, 3)
     assert TrainConfig(dataset="imagenet", image_size=64).spec.image_shape == (64, 64, 3)
     assert TrainConfig().spec.image_shape == (8, 8, 1)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.helpers import ROOT, free_address, read_records, wait_for_epochs
-from tests.pictures import write_tree
+from tests.images import write_tree
 from training import multihost, workdir
 from training.config import ConfigError
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests import chaos
 from tests.helpers import ROOT, read_records, same, untimed, wait_for_epochs
-from tests.pictures import write_tree
+from tests.images import write_tree
 from training import signals
 from training.config import TrainConfig
 from training.errors import ConfigError
@@ -53,7 +53,7 @@ def interrupt_after(monkeypatch, patience):
     [
         {},
         STREAMED,
-        # Steps one by one, tests that can be interrupted, running averages.
+        # Steps one by one, running averages.
         pytest.param(
             {"arch": "resnet18", "depth": None, "width": None, "epochs": 2, "train_bs": 400},
             marks=pytest.mark.slow,

@@ -9,7 +9,7 @@ import pytest
 
 from input_pipeline.batch import Batch
 from tests.helpers import read_records, same, untimed
-from tests.pictures import write_tree
+from tests.images import write_tree
 from training import loop, sharding, step
 from training.config import TrainConfig
 from training.errors import NonFiniteError
@@ -63,7 +63,7 @@ def test_a_convolutional_network_trains(tmp_path, tree):
     assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(result.state))
 
 
-def test_pictures_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_path, tree, caplog):
+def test_images_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_path, tree, caplog):
     paths = sorted((tmp_path / "imagenet").glob("*/*/*.JPEG"))
     broken = [next(p for p in paths if p.parts[-3] == split) for split in ("train", "val")]
     for path in broken:
@@ -79,7 +79,7 @@ def test_pictures_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_pa
     np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
 
 
-def test_a_run_of_nothing_but_unreadable_pictures_goes_on(tmp_path, tree):
+def test_a_run_of_nothing_but_unreadable_images_goes_on(tmp_path, tree):
     for path in (tmp_path / "imagenet").glob("*/*/*.JPEG"):
         path.write_bytes(b"")
     for record in run(tmp_path, data_dir=tree).records:
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(tmp_path, tree, mon
         run(tmp_path, data_dir=tree, epochs=3)
 
 
-def test_synthetic_pictures_need_no_data(tmp_path):
+def test_synthetic_images_need_no_data(tmp_path):
     result = run(tmp_path, dataset="synthetic_imagenet", data_dir=None, workers=None, epochs=1)
     (record,) = result.records
     assert record.step == 100
