@@ -59,10 +59,8 @@ class Feed(Protocol):
           stop: a step of this epoch, or the first step of the next.
         """
 
-    def evaluate(
-        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
-    ) -> Metrics | None:
-        """Returns the metrics of the test set, each example counted once; None if interrupted."""
+    def evaluate(self, state: TrainState) -> Metrics:
+        """Returns the metrics of the test set, each example counted once."""
 
     def iterator_state(self) -> dict[str, Any]:
         """Returns the position in the training data after the last step, as JSON values."""
@@ -224,18 +222,14 @@ class ResidentFeed(_OnMesh):
             state, sums = self._step(state, sums, self._train, order, self._augment_key)
         return state, sums
 
-    def evaluate(
-        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
-    ) -> Metrics | None:
-        """Returns the metrics of the test set, each example counted once; None if interrupted."""
+    def evaluate(self, state: TrainState) -> Metrics:
+        """Returns the metrics of the test set, each example counted once."""
         sums: Metrics = self._zero_eval_metrics
         if not self._one_by_one:
             sums = self._scores(state, sums, self._test, self._eval_steps)
-            return sums
-        for index in range(self._eval_steps):
-            if interrupted():
-                return None
-            sums = self._score(state, sums, self._test, index)
+        else:
+            for index in range(self._eval_steps):
+                sums = self._score(state, sums, self._test, index)
         return sums
 
     def iterator_state(self) -> dict[str, Any]:
@@ -353,17 +347,10 @@ class StreamedFeed(_OnMesh):
         self._steps_taken = stop
         return state, sums
 
-    def evaluate(
-        self, state: TrainState, interrupted: Callable[[], bool] = lambda: False
-    ) -> Metrics | None:
-        """Returns the metrics of the test set, each example counted once; None if interrupted.
-
-        After an interruption, the test images do not start again from the first.
-        """
+    def evaluate(self, state: TrainState) -> Metrics:
+        """Returns the metrics of the test set, each example counted once."""
         sums = self._zero_eval_metrics
         for _ in range(self._eval_steps):
-            if interrupted():
-                return None
             batch, unreadable = next(self._test)
             self._report(self._sources.test, unreadable)
             sums = self._score(state, sums, batch)

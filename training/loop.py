@@ -51,7 +51,7 @@ def train_epoch(
     epoch = len(begun.records) + 1
     last = epoch * feed.steps_per_epoch
     step, state, sums, seconds = begun.step, begun.state, begun.sums, begun.seconds
-    start, steps = time.perf_counter() - seconds, 1
+    start, steps, votes = time.perf_counter() - seconds, 1, multihost.LateAgreement()
 
     def now() -> Snapshot:
         return Snapshot(step, state, sums, seconds, begun.records, feed.iterator_state())
@@ -68,8 +68,8 @@ def train_epoch(
             speed = {"images_per_second": float(seen.sums.examples) / seconds}
             done = float(seen.steps) / feed.steps_per_epoch
             reporter.progress(epoch, done, metrics.train_averages(seen) | speed)
-        signum, save, steps = multihost.agree(request.signum, saver.due(step), steps)
-        if (signum or save) and step < last:
+        signum, save, steps = votes.agree(request.signum, saver.overdue(), steps)
+        if (signum or save or saver.due(step)) and step < last:
             if not metrics.finite(jax.device_get(sums)):
                 break
             keep(saver, now(), signum)
@@ -89,12 +89,7 @@ def eval_epoch(
     request: signals.Request,
 ) -> Snapshot:
     """Evaluates at the end of an epoch, out of ``epochs`` in all, and completes its record."""
-    # Several processes finish the evaluation together, and only then stop together.
-    interrupted = lambda: jax.process_count() == 1 and request.signum != 0
-    eval_sums = feed.evaluate(trained.state, interrupted)
-    if eval_sums is None:
-        keep(saver, trained, request.signum)
-    eval_sums, train_sums = jax.device_get((eval_sums, trained.sums))
+    eval_sums, train_sums = jax.device_get((feed.evaluate(trained.state), trained.sums))
     averages, tested = metrics.train_averages(train_sums), metrics.averages(eval_sums)
     record = EpochRecord(
         epoch=len(trained.records) + 1,
@@ -113,11 +108,10 @@ def eval_epoch(
         trained, sums=feed.zero_metrics(), seconds=0, records=[*trained.records, record]
     )
     is_best, final = best(snapshot.records) is record, record.epoch == epochs
-    due = saver.due(snapshot.step, is_best)
-    signum, save, _ = multihost.agree(request.signum, due, 1)
+    signum, save, _ = multihost.agree(request.signum, saver.overdue(is_best), 1)
     if final:
         saver.save(snapshot)
-    elif signum or save:
+    elif signum or save or saver.due(snapshot.step):
         keep(saver, snapshot, signum)
     elif is_best:
         saver.hold(snapshot)

@@ -4,6 +4,7 @@ All processes run the same program on the same config, each with some of the dev
 primary, speaks and writes for all of them. Whoever waits for another does so in here, or in a step.
 """
 
+import functools
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.errors import DataError
 from training.config import TrainConfig
@@ -140,8 +142,46 @@ def agree(signum: int, save: bool, steps: int) -> tuple[int, bool, int]:
     """
     if jax.process_count() == 1:
         return signum, save, steps
-    log.debug("agreeing on signal %s, saving %s, %s steps", signum, save, steps)
-    votes = multihost_utils.process_allgather(np.array([signum, save, steps], np.int32))
+    return _count(_gather(signum, save, steps))
+
+
+class LateAgreement:
+    """Does what :func:`agree` does, with what each process said in the call before.
+
+    So no process waits: the devices have gathered what was said then while they took the steps that
+    were dispatched since.
+    """
+
+    def __init__(self) -> None:
+        self._votes: jax.Array | None = None
+
+    def agree(self, signum: int, save: bool, steps: int) -> tuple[int, bool, int]:
+        """Returns what all processes do next; at the first call, to go on by one step."""
+        if jax.process_count() == 1:
+            return signum, save, steps
+        before, self._votes = self._votes, _gather(signum, save, steps)
+        return (0, False, 1) if before is None else _count(before)
+
+
+@functools.cache
+def _gathering() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """Returns how votes are split, a row to each process, and a program that gathers them."""
+    device_of = {device.process_index: device for device in jax.devices()}
+    mesh = Mesh([device_of[i] for i in range(jax.process_count())], "process")
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    gather = jax.jit(lambda votes: votes, out_shardings=everywhere)
+    return NamedSharding(mesh, PartitionSpec("process")), gather
+
+
+def _gather(*vote: int) -> jax.Array:
+    """Starts to gather the votes of all processes."""
+    log.debug("votes for signal %s, saving %s, %s steps", *vote)
+    by_process, gather = _gathering()
+    return gather(jax.make_array_from_process_local_data(by_process, np.array([vote], np.int32)))
+
+
+def _count(gathered: jax.Array) -> tuple[int, bool, int]:
+    votes = np.asarray(gathered.addressable_data(0))
     agreed = int(votes[:, 0].max()), bool(votes[0, 1]), int(votes[0, 2])
     log.debug("agreed on signal %s, saving %s, %s steps", *agreed)
     return agreed

@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -7,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,6 @@ from training import step as steps_of_training
 from training.checkpoints import reading, saving
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError, SaveError
-from training.records import EpochRecord
 from training.run import evaluate, load_data, make_feed, make_plan, train
 
 FIELDS = RESIDENT | {"save_every": "20steps"}  # 44 steps an epoch
@@ -186,41 +185,47 @@ def test_another_data_set_of_the_same_name_is_refused(copied, monkeypatch):
         return arrays._replace(train=resident.Split(*(x[:1000] for x in arrays.train)))
 
     monkeypatch.setattr(resident, "load", load)
-    message = "--dataset digits: has 1000 and 360 pictures; .* holds a run on 1437 and 360"
+    message = "--dataset digits: has 1000 and 360 images; .* holds a run on 1437 and 360"
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig(workdir=copied, **FIELDS))
 
 
-def test_a_checkpoint_stays_until_it_is_saved_anew(tmp_path, monkeypatch):
-    """One that was saved before its test, and is saved again after it."""
-    config = TrainConfig(workdir=tmp_path, **(FIELDS | {"keep": 1})).resolved()
-    plan = make_plan(config, sharding.make_mesh(config))
-    with contextlib.closing(make_feed(plan, load_data(config))) as feed:
-        state, sums = feed.train(plan.create_train_state(), feed.zero_metrics(), 44)
-        untested = saving.Snapshot(44, state, sums, 1.0, [], {})
-        record = EpochRecord(1, 44, *[0.0] * 10)
-        tested = dataclasses.replace(untested, records=[record])
-        with saving.Saver(tmp_path, config, SIZES, CLASSES) as saver:
-            assert saver.restore(plan.abstract_state, sums) is None
-            saver.save(untested)
-            saver.finish()
+def make_unreadable(copied):
+    """Makes one file of the newest checkpoint a link to itself, which no system can open.
 
-            def fail(*args, **kwargs):
-                raise ValueError("disk on fire")
+    Returns:
+      A function that undoes it.
+    """
+    files = copied.glob(f"checkpoints/{steps(copied)[-1]}/model/ocdbt.process_0/d/*")
+    file = max(files, key=lambda file: file.stat().st_size)
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to(file)
 
-            with monkeypatch.context() as patch:
-                patch.setattr(saving.ocp.CheckpointManager, "save", fail)
-                saver.save(tested)
-                with pytest.raises(SaveError, match="disk on fire"):
-                    saver.finish()
-            assert steps(tmp_path) == [44]
-            saver.save(tested)
-            saver.finish()
-            assert os.listdir(tmp_path / "checkpoints") == ["44"]
-            # Killed after it was moved, and before it was saved.
-            (tmp_path / "checkpoints" / "44").rename(tmp_path / "checkpoints" / "44.untested")
-        with saving.Saver(tmp_path, config, SIZES, CLASSES) as saver:
-            assert saver.restore(plan.abstract_state, sums).records == [record]
+    def repair():
+        file.unlink()
+        file.write_bytes(content)
+
+    return repair
+
+
+def test_a_checkpoint_that_the_system_cannot_read_is_not_damaged(copied, monkeypatch):
+    monkeypatch.setattr(reading, "RETRY_SECONDS", [0])
+    make_unreadable(copied)
+    before = os.listdir(copied / "checkpoints")
+    newest = copied / "checkpoints" / str(steps(copied)[-1])
+    with pytest.raises(ConfigError, match=f"^{newest}: .*Too many levels of symbolic links$"):
+        train(TrainConfig(workdir=copied, **FIELDS))
+    assert os.listdir(copied / "checkpoints") == before
+
+
+def test_a_checkpoint_that_the_system_could_not_read_is_read_again(copied, trained):
+    repair = make_unreadable(copied)
+    timer = threading.Timer(0.5, repair)
+    timer.start()
+    result = train(TrainConfig(workdir=copied, **FIELDS))
+    timer.join()
+    assert same(result.state, trained.state)
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_trained(copied):
@@ -444,7 +449,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint_and_no_training(small_disk, ca
     assert any("the checkpoints before this one stay" in r.getMessage() for r in caplog.records)
     assert steps(workdir) == [44]
 
-    # Not a byte is free: a picture can be done without, the record of an epoch cannot.
+    # Not a byte is free: an image can be done without, the record of an epoch cannot.
     with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
         while True:
             file.write(bytes(100))

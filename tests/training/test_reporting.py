@@ -12,7 +12,7 @@ from training.config import TrainConfig
 from training.errors import SaveError
 from training.records import EpochRecord
 from training.reporting import curves
-from training.reporting.reporter import CurvesDrawer, Reporter
+from training.reporting.reporter import Reporter
 
 FIELDS = [field.name for field in dataclasses.fields(EpochRecord) if field.name != "unreadable"]
 
@@ -75,31 +75,27 @@ def test_without_a_terminal_there_are_plain_lines(tmp_path, capsys):
     assert any(re.fullmatch(r"curves +.*curves.png", line) for line in lines)
 
 
-def test_epochs_that_end_while_a_picture_is_drawn_share_the_next(tmp_path, monkeypatch):
-    import threading
-
-    drawn, may_go_on = [], threading.Event()
-
-    def draw(records, title, path):
-        drawn.append(len(records))
-        may_go_on.wait(10)
-
-    monkeypatch.setattr(curves, "draw", draw)
-    drawer = CurvesDrawer(tmp_path / "curves.png", "title")
-    for epoch in range(1, 6):
-        drawer.draw([record(i) for i in range(1, epoch + 1)])
-    may_go_on.set()
-    drawer.close()
-    assert drawn[-1] == 5
-    assert len(drawn) <= 3
+def test_short_epochs_share_a_plot(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "draw", lambda records, *_: drawn.append(len(records)))
+    with new_reporter(tmp_path) as reporter:
+        reporter.epoch(record(1))
+        # As if a plot took a second, and so were due every hundred.
+        reporter._drawing_seconds += 1
+        for epoch in range(2, 6):
+            reporter.epoch(record(epoch))
+        assert drawn == [1]
+        reporter._start -= 1000
+        reporter.epoch(record(6))
+    assert drawn == [1, 6]
 
 
-def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, caplog):
-    path = tmp_path / "no such folder" / "curves.png"
-    drawer = CurvesDrawer(path, "title")
-    drawer.draw([record(1)])
-    drawer.close()
-    assert caplog.messages == [f"cannot draw {path}: No such file or directory"]
+def test_plots_that_cannot_be_drawn_are_a_warning(tmp_path, caplog):
+    path = tmp_path / "curves.png"
+    path.mkdir()
+    with new_reporter(tmp_path) as reporter:
+        reporter.epoch(record(1))
+    assert caplog.messages == [f"cannot draw {path}: Is a directory"]
 
 
 def test_a_record_that_cannot_be_written_is_an_error_that_says_where(tmp_path, monkeypatch):

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +31,18 @@ from training.state import abstract_network
 from training.workdir import CHECKPOINTS
 
 log = logging.getLogger(__name__)
+
+# Waits before a checkpoint that the system could not read is read again.
+RETRY_SECONDS = (1, 5)
+
+# How the message begins if a remote store could not be read, whatever it holds.
+UNAVAILABLE = (
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+)
 
 T = TypeVar("T")
 Which = Literal["best", "last"]
@@ -237,17 +252,32 @@ def newest_readable(
     """
     damaged: list[int] = []
     for step in reversed(reader.all_steps()):
-        try:
-            return (step, read(step)), damaged
-        except ConfigError:
-            raise
-        except (PermissionError, MemoryError) as error:
-            # The checkpoint may be intact, and older ones would fail in the same way.
-            raise ConfigError(f"{reader.directory / str(step)}: {one_line(error)}") from error
-        except Exception as error:  # Orbax and TensorStore raise many for damaged files.
-            log.warning("%s: cannot be read (%s)", reader.directory / str(step), one_line(error))
-            damaged.append(step)
+        path = reader.directory / str(step)
+        for seconds in (*RETRY_SECONDS, None):
+            try:
+                return (step, read(step)), damaged
+            except ConfigError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many for damaged files.
+                if _is_damage(error):
+                    log.warning("%s: cannot be read (%s)", path, one_line(error))
+                    damaged.append(step)
+                    break
+                # The checkpoint may be intact, and older ones would fail in the same way.
+                if seconds is None:
+                    raise ConfigError(f"{path}: {one_line(error)}") from error
+                time.sleep(seconds)
     return None, damaged
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Returns whether a file is damaged or missing, and not a system unable to read it."""
+    cause = error.__cause__ or error
+    # TensorStore says so in the text of a ValueError.
+    said = re.search(r"os_error_code='(\d+)'", str(cause))
+    number = int(said[1]) if said else getattr(cause, "errno", None)
+    system = number not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    return not (system or isinstance(cause, MemoryError) or str(cause).startswith(UNAVAILABLE))
 
 
 def _last(
@@ -267,10 +297,11 @@ def on_one_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Shortens an error message to the end of its first line, where long lines get specific."""
+    # Orbax wraps the error of TensorStore, which appends its request, as a page of JSON.
+    error = error.__cause__ or error
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    # TensorStore appends its request, as a page of JSON.
-    for details in (" [tensorstore_spec", " [source locations", " See full TensorStore details"):
+    for details in (" [os_error_code", " [tensorstore_spec", " [source locations"):
         line = line.partition(details)[0]
     return line if len(line) <= 160 else f"... {line[-160:]}"

@@ -45,9 +45,8 @@ BEST_SECONDS = 10
 # Bytes of a checkpoint besides its arrays.
 SMALL_FILES = 200_000
 
-# The suffixes of a checkpoint that cannot be read, and of one that is being saved again.
+# The suffix of a checkpoint that cannot be read.
 DAMAGED = ".damaged"
-UNTESTED = ".untested"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +165,11 @@ class Saver:
             if tuple(run.sizes) != self._sizes:
                 raise ConfigError(
                     f"--dataset {self._config.dataset}: has {' and '.join(map(str, self._sizes))} "
-                    f"pictures; {self._config.workdir} holds a run on "
+                    f"images; {self._config.workdir} holds a run on "
                     f"{' and '.join(map(str, run.sizes))}"
                 )
             return read_items(reader, step, target)
 
-        self._put_back()
         with reading(self._folder) as reader:
             found, damaged = newest_readable(reader, read)
         if damaged and found is None:
@@ -188,16 +186,18 @@ class Saver:
         """Returns the next step after this one at which ``--save_every`` asks for a save."""
         return math.inf if self._steps is None else (step // self._steps + 1) * self._steps
 
-    def due(self, step: int, best: bool = False) -> bool:
-        """Returns whether it is time to save.
+    def due(self, step: int) -> bool:
+        """Returns whether ``--save_every`` asks for a save after this step."""
+        return self._steps is not None and step % self._steps == 0
+
+    def overdue(self, best: bool = False) -> bool:
+        """Returns whether ``--save_every`` asks for a save at this time.
 
         Args:
-          step: the last step taken.
-          best: whether this is the end of the best epoch so far.
+          best: whether this is the end of the best epoch so far, which is saved sooner.
         """
         seconds = time.monotonic() - self._last_save
-        by_step = self._steps is not None and step % self._steps == 0
-        return by_step or seconds >= (min(self._seconds, BEST_SECONDS) if best else self._seconds)
+        return seconds >= (min(self._seconds, BEST_SECONDS) if best else self._seconds)
 
     def hold(self, snapshot: Snapshot) -> None:
         """Keeps a copy of the best epoch on the devices, to be saved before the next checkpoint."""
@@ -259,27 +259,12 @@ class Saver:
         if lack := multihost.broadcast_from_primary(lambda: _lack_of_space(self._folder, items)):
             self._failed(lack)
             return
-        steps = {*self._manager.all_steps()}
-        again = step in steps
-        self._preserved.best = best_step(snapshot.records, steps | {step})
+        steps = {*self._manager.all_steps(), step}
+        self._preserved.best = best_step(snapshot.records, steps)
         try:
-            if again:
-                # The checkpoint from before the evaluation stays until the new one is saved.
-                multihost.broadcast_from_primary(lambda: _move(self.path_of(step), UNTESTED))
-                self._manager.reload()
             self._manager.save(step, args=items)
-            if again:
-                self._manager.wait_until_finished()
-                multihost.broadcast_from_primary(self._put_back)
         except Exception as error:  # Orbax and TensorStore raise many for a full disk.
             self._failed_here(error)
-
-    def _put_back(self) -> str:
-        """Moves a checkpoint back if the save to replace it was interrupted, else removes it."""
-        for old in self._folder.glob(f"*{UNTESTED}"):
-            step = old.with_name(old.name.removesuffix(UNTESTED))
-            shutil.rmtree(old) if step.exists() else old.rename(step)
-        return ""
 
     def _wait(self) -> None:
         try:
@@ -295,7 +280,6 @@ class Saver:
         # A new manager does not know of the failure, and removes the files that it left.
         with contextlib.suppress(Exception):
             self._manager.close()
-        self._put_back()
         self._manager = self._open()
         self._failed(one_line(error))
 
@@ -325,11 +309,6 @@ def _lack_of_space(folder: Path, items: ocp.args.Composite) -> str:
     needed = sum(array.nbytes for array in arrays) + SMALL_FILES
     free = shutil.disk_usage(folder).free
     return "" if free >= needed else f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
-
-
-def _move(path: Path, suffix: str) -> str:
-    path.rename(path.with_name(path.name + suffix))
-    return ""
 
 
 def _copy(tree: Any) -> Any:

@@ -3,10 +3,8 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +16,8 @@ from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-# A plot keeps a core busy for a fifth of a second, which short epochs need for themselves.
-SECONDS_BETWEEN_PICTURES = 2
+# The maximum share of a run's time that is spent on plots, since training waits for them.
+DRAWING_SHARE = 0.01
 
 
 class SilentReporter:
@@ -90,11 +88,12 @@ class Reporter(SilentReporter):
             self._tensorboard = EventFile(workdir, seen + 1)
         except OSError as error:
             raise ConfigError(f"--workdir {workdir}: {error.strerror}") from error
-        self._curves = CurvesDrawer(workdir / CURVES_FILE, f"{config.arch} on {config.dataset}")
+        self._title = f"{config.arch} on {config.dataset}"
+        self._drawing_seconds, self._drawn = 0.0, len(records)
         self._console = Console(config.epochs, facts | {"workdir": os.fspath(workdir)})
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._curves.close()
+        self._draw()
         self._console.close()
         with contextlib.suppress(OSError):  # The failure to write has been reported.
             self._tensorboard.close()
@@ -116,7 +115,7 @@ class Reporter(SilentReporter):
         self._console.progress(epoch, done, averages)
 
     def epoch(self, record: EpochRecord) -> None:
-        """Writes the record, shows it, and has the plots drawn."""
+        """Writes the record and shows it, and redraws the plots unless that was done lately."""
         self.records.append(record)
         try:
             self._metrics.write(json.dumps(record.to_json()) + "\n")
@@ -124,8 +123,24 @@ class Reporter(SilentReporter):
             self._tensorboard.write(record)
         except OSError as error:
             raise SaveError(f"cannot write in {self._workdir}: {error.strerror}") from error
-        self._curves.draw(self.records)
         self._console.epoch(record)
+        if self._drawing_seconds <= DRAWING_SHARE * (time.perf_counter() - self._start):
+            self._draw()
+
+    def _draw(self) -> None:
+        """Plots the records, if there are new ones."""
+        if self._drawn == len(self.records):
+            return
+        start = time.perf_counter()
+        from training.reporting.curves import draw
+
+        path = self._workdir / CURVES_FILE
+        try:
+            draw(self.records, self._title, path)
+        except OSError as error:
+            log.warning("cannot draw %s: %s", path, error.strerror)
+        self._drawn = len(self.records)
+        self._drawing_seconds += time.perf_counter() - start
 
 
 def _write(path: Path, text: str) -> None:
@@ -133,41 +148,3 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-class CurvesDrawer:
-    """Draws in a thread, so that no device waits for a plot.
-
-    Epochs that end while a plot is being drawn, or soon after, share the next plot.
-    """
-
-    def __init__(self, path: Path, title: str):
-        self._path, self._title, self._last = path, title, -math.inf
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._drawing: Future[None] | None = None
-        self._waiting: list[EpochRecord] = []
-
-    def draw(self, records: list[EpochRecord]) -> None:
-        """Requests a plot of these records."""
-        self._waiting = list(records)
-        idle = self._drawing is None or self._drawing.done()
-        if idle and time.monotonic() - self._last >= SECONDS_BETWEEN_PICTURES:
-            self._last = time.monotonic()
-            self._drawing = self._thread.submit(self._draw)
-
-    def close(self) -> None:
-        """Waits until the last requested plot is drawn."""
-        if self._drawing is not None:
-            self._drawing.result()
-            self._draw()
-        self._thread.shutdown()
-
-    def _draw(self) -> None:
-        from training.reporting.curves import draw
-
-        while self._waiting:
-            records, self._waiting = self._waiting, []
-            try:
-                draw(records, self._title, self._path)
-            except OSError as error:
-                log.warning("cannot draw %s: %s", self._path, error.strerror)
