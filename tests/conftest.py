@@ -5,10 +5,20 @@ import pytest
 from PIL import Image
 
 from input_pipeline.prepared import data_path
+from tests.helpers import STARTED
 from tests.images import small_images
 
 # What earlier runs have compiled is not to decide how a test ends. Read when JAX is imported.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture

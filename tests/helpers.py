@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,25 @@ import jax
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+
+
+STARTED = []
+
+
+def start(*command, **kwargs):
+    """Starts Python with this command line; what it writes is for :func:`finish`.
+
+    It is killed when the test ends, if it is still running.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *map(str, command)], **pipes, **kwargs)
+    STARTED.append(process)
+    return process
+
+
+def finish(process, timeout=120):
+    """What it wrote to standard output and to standard error, and its exit code."""
+    return *process.communicate(timeout=timeout), process.returncode
 
 
 def free_address():
@@ -37,7 +58,7 @@ def read_records(workdir):
 def wait_for_epochs(workdir, epochs=1):
     """Waits until a run has written so many lines."""
     file = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (file.exists() and file.read_text().count("\n") >= epochs):
         assert time.monotonic() < deadline
         time.sleep(0.05)
