@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 
-from input_pipeline.command_line import parse
+from input_pipeline.command_line import complain, parse
 from input_pipeline.errors import DataError
 from training import signals
 from training.config import TrainConfig
@@ -39,13 +39,13 @@ def main() -> int:
         else:
             run.train(config)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except (NonFiniteError, SaveError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        complain(f"stopped: {error}")
         return 1
     except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        complain(f"stopped: {stopped}")
         return 128 + stopped.signum
     return 0
 

@@ -22,6 +22,11 @@ def say(line: str) -> None:
         silence()
 
 
+def complain(line: str) -> None:
+    """Prints to standard error, in one line even where text of the user's in it has several."""
+    print(*line.splitlines(), file=sys.stderr)
+
+
 def silence() -> None:
     """Sends standard output nowhere from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,7 +45,7 @@ def parse(flags: type[T], program: str | None = None) -> T:
             return tyro.cli(flags, prog=program, use_underscores=True)
     except SystemExit as end:
         if end.code:
-            print(f"error: {_in_one_line(said.getvalue())}", file=sys.stderr)
+            complain(f"error: {_in_one_line(said.getvalue())}")
         raise
 
 

@@ -18,7 +18,7 @@ from etils import epath
 from tyro.conf import Positional
 
 from input_pipeline import prepared
-from input_pipeline.command_line import FOLDER, parse, say
+from input_pipeline.command_line import FOLDER, complain, parse, say
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
 
@@ -139,5 +139,5 @@ if __name__ == "__main__":
     try:
         main(options)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(2)

@@ -2,6 +2,7 @@ import io
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from input_pipeline.prepared import data_path
@@ -10,6 +11,18 @@ from tests.images import small_images
 
 # What earlier runs have compiled is not to decide how a test ends. Read when JAX is imported.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+# The same examples each time, but for some that are constants of whatever modules are loaded; and
+# however long they take.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=50,
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

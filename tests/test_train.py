@@ -45,7 +45,7 @@ def test_help_has_every_flag_in_a_line_and_imports_nothing_heavy():
     ("flags", "message"),
     [
         (["--arch", "resnext"], "error: --arch resnext: unknown; choose from "),
-        (["--dataset", "svhn"], "error: --dataset svhn: unknown; choose from digits, "),
+        (["--dataset", "sv\nhn"], "error: --dataset sv hn: unknown; choose from digits, "),
         (["--train_bs", "5000"], "error: --train_bs 5000: larger than the training set of digits"),
         (
             ["--workdir", "/dev/null/run"],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from input_pipeline.command_line import FOLDER, parse, say
+from input_pipeline.command_line import FOLDER, complain, parse, say
 from training.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def main() -> int:
     try:
         count = export(options.workdir, options.file, options.which)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     say(f"{options.file}: {count} tensors of the {options.which} checkpoint")
     return 0

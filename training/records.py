@@ -85,5 +85,7 @@ def from_json(cls: type[T], fields: object) -> T:
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, each) for each in get_args(hint))
+    if isinstance(value, bool):  # Which Python counts among the whole numbers.
+        return hint is bool
     # JSON does not tell whole numbers from real ones.
     return isinstance(value, int | float if hint is float else get_origin(hint) or hint)

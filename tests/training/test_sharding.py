@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from training import sharding
@@ -58,23 +60,39 @@ def mesh_of(**sizes):
     [
         # ZeRO-3: the largest axis that can be divided.
         ({"fsdp": 8}, (64, 256), 0, (None, "fsdp")),
-        ({"fsdp": 8}, (3, 3, 64, 32), 0, (None, None, "fsdp", None)),
-        ({"fsdp": 8}, (3, 3, 3, 16), 0, (None, None, None, "fsdp")),
-        ({"fsdp": 8}, (256, 10), 1, ("fsdp", None)),
-        ({"fsdp": 8}, (3, 3, 3, 6), 0, (None, None, None, None)),
+        ({"fsdp": 8}, (3, 3, 64, 36), 0, (None, None, "fsdp", None)),
         # Dense layers by turns: outputs, then inputs.
         ({"model": 2}, (64, 256), 0, (None, "model")),
         ({"model": 2}, (256, 256), 1, ("model", None)),
         ({"model": 4}, (256, 10), 2, ("model", None)),
-        ({"model": 2}, (3, 3, 64, 32), 0, (None, None, None, None)),
         ({"fsdp": 2, "model": 2}, (64, 256), 0, ("fsdp", "model")),
-        ({"fsdp": 2, "model": 2}, (256, 10), 1, ("model", "fsdp")),
-        ({"data": 8}, (64, 256), 0, (None, None)),
     ],
 )
 def test_the_rule_by_which_a_parameter_is_split(sizes, shape, dense, expected):
     mesh = mesh_of(**({"data": 1, "fsdp": 1, "model": 1} | sizes))
     assert sharding._partition(mesh, shape, dense) == PartitionSpec(*expected)
+
+
+SIZE = st.sampled_from([1, 2, 3, 4, 8])
+
+
+@given(
+    sizes=st.fixed_dictionaries({"data": SIZE, "fsdp": SIZE, "model": SIZE}),
+    shape=st.lists(st.integers(0, 12) | st.sampled_from([64, 96]), max_size=5).map(tuple),
+    dense=st.integers(0, 3),
+)
+def test_a_parameter_is_split_evenly_and_where_that_is_possible(sizes, shape, dense):
+    spec = sharding._partition(mesh_of(**sizes), shape, dense)
+    split = {name: length for name, length in zip(spec, shape, strict=True) if name}
+    assert len(split) == len([name for name in spec if name]), "a mesh axis is used once"
+    assert split.keys() <= ({"fsdp", "model"} if len(shape) == 2 else {"fsdp"})
+    assert all(sizes[name] > 1 and length % sizes[name] == 0 for name, length in split.items())
+    whole = [length for name, length in zip(spec, shape, strict=True) if not name]
+    possible = {name: [n for n in whole if n % size == 0] for name, size in sizes.items()}
+    if sizes["fsdp"] > 1:
+        assert max(possible["fsdp"], default=-1) <= split.get("fsdp", -1), "the largest of them"
+    if sizes["model"] > 1 and len(shape) == 2:
+        assert "model" in split or not possible["model"]
 
 
 def test_by_default_all_devices_are_on_data():
