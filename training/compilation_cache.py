@@ -27,7 +27,7 @@ def enable(platform: str) -> None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "agd-jax"
     if platform == "cpu":
-        machine = _reusing_cpu()
+        machine = reusing_cpu()
         if machine is None:
             return
         folder /= machine
@@ -41,7 +41,7 @@ def enable(platform: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
 
 
-def _reusing_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+def reusing_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     """Returns a name shared by CPUs with the same instructions; None if programs cannot be reused.
 
     XLA rejects cached programs for Intel CPUs, with many lines of output (jax-ml/jax#38445), and

@@ -14,10 +14,11 @@ AMD = "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n\nprocess
 
 @pytest.fixture
 def restored():
-    """Gives JAX its options back."""
+    """JAX without a cache folder; gives it its options back."""
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
     names += ("jax_persistent_cache_min_compile_time_secs",)
     before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -42,14 +43,14 @@ def test_who_wants_none_has_none(restored):
 
 def test_each_kind_of_cpu_has_its_own_and_some_have_none(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    name = lambda text: compilation_cache._reusing_cpu(_file(tmp_path, text))
+    name = lambda text: compilation_cache.reusing_cpu(_file(tmp_path, text))
     amd = name(AMD)
     assert amd == name(AMD)
     assert amd.startswith("cpu-")
     assert name(AMD.replace("avx2", "avx512f")) != amd
     assert name("processor : 0\nFeatures : fp asimd\n").startswith("cpu-")
     assert name(AMD.replace("AuthenticAMD", "GenuineIntel")) is None
-    assert compilation_cache._reusing_cpu(tmp_path / "nothing") is None
+    assert compilation_cache.reusing_cpu(tmp_path / "nothing") is None
     monkeypatch.setattr(sys, "platform", "darwin")
     assert name(AMD) is None
 
@@ -59,10 +60,10 @@ def _file(folder, text):
     return folder / "cpuinfo"
 
 
-@pytest.mark.skipif(compilation_cache._reusing_cpu() is None, reason="XLA reuses none on this CPU")
+@pytest.mark.skipif(compilation_cache.reusing_cpu() is None, reason="XLA reuses none on this CPU")
 def test_a_second_run_compiles_nothing(tmp_path):
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
-    env |= {"JAX_LOG_COMPILES": "1"}
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_LOG_COMPILES": "1"}
+    del env["JAX_COMPILATION_CACHE_DIR"]
     command = [sys.executable, ROOT / "train.py", "--platform", "cpu", "--epochs", "1"]
     hits, metrics = [], []
     for name in ("cold", "warm"):

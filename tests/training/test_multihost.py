@@ -76,6 +76,7 @@ def train(devices, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
 @everywhere
 def test_several_processes_train_as_one_does_and_read_what_it_wrote(tmp_path, layout):
     """And the reverse: where data are streamed, the several train the first epoch."""
@@ -119,6 +120,7 @@ def test_several_processes_train_as_one_does_and_read_what_it_wrote(tmp_path, la
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
 @everywhere
 def test_what_the_first_process_refuses_ends_all(tmp_path, layout):
     with workdir.held(tmp_path, restart=False):
@@ -128,6 +130,7 @@ def test_what_the_first_process_refuses_ends_all(tmp_path, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
 @everywhere
 def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, layout):
     lost = 0 if layout.devices > 1 else -1
@@ -151,6 +154,7 @@ def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, la
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
 @everywhere
 def test_a_signal_to_one_process_ends_all_in_good_order(tmp_path, layout):
     flags = (*layout.flags(tmp_path), "--workdir", tmp_path / "run", "--epochs", 100_000)
