@@ -93,10 +93,11 @@ def chaos(
     expected, moments, same = ending(folder / "peace"), Counter(), 0
     for i in range(runs):
         workdir = folder / str(i)
-        for _ in range(kills):
+        for kill in range(kills):
             process = _train(workdir, flags)
             try:
-                process.wait(rng.uniform(0, seconds))
+                # The first time soon, as the machine may have become quicker meanwhile.
+                process.wait(rng.uniform(0, seconds if kill else seconds / 2))
                 break
             except subprocess.TimeoutExpired:
                 process.kill()

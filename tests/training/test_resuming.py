@@ -74,7 +74,7 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch, fields):
             break
         except Stopped:
             interruptions += 1
-    assert interruptions >= 4
+    assert interruptions >= 2
     assert same(result.state, whole.state)
     assert untimed(result.records) == untimed(whole.records)
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
