@@ -66,18 +66,20 @@ def _say(line: str, final: bool = False) -> None:
 
     Args:
       line: what to write.
-      final: whether the process ends next; its other threads then write no more.
+      final: whether the process ends next; the bar is then drawn no more.
     """
-    terminal = os.dup(1)
-    if final:
-        silence()
-    clear = b"\r\x1b[2K\x1b[?25h" if os.isatty(terminal) else b""
-    if not os.isatty(2):
-        os.write(terminal, clear)
-        clear = b""
-    # In one write, or the thread that draws the bar would draw it in between.
-    os.write(2, clear + line.encode())
-    os.close(terminal)
+    message = line.encode()
+    if os.isatty(1):
+        terminal, clear = os.dup(1), b"\r\x1b[2K\x1b[?25h"
+        if final:
+            silence()
+        if os.isatty(2):
+            # In one write, or the thread that draws the bar would draw it in between.
+            message = clear + message
+        else:
+            os.write(terminal, clear)
+        os.close(terminal)
+    os.write(2, message)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def interrupt_after(monkeypatch, patience):
         STREAMED,
         # Steps one by one, running averages.
         pytest.param(
-            {"arch": "resnet18", "depth": None, "width": None, "epochs": 2, "train_bs": 400},
+            {"arch": "resnet18", "depth": None, "width": None, "epochs": 4, "train_bs": 400},
             marks=pytest.mark.slow,
         ),
     ],
@@ -74,7 +74,7 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch, fields):
             break
         except Stopped:
             interruptions += 1
-    assert interruptions >= 2
+    assert interruptions >= 4
     assert same(result.state, whole.state)
     assert untimed(result.records) == untimed(whole.records)
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
@@ -164,8 +164,10 @@ print("goes on")
 """
 
 
-def test_a_second_interrupt_ends_at_once():
-    out, err, code = finish(start("-c", SIGNALS, cwd=ROOT))
+@pytest.mark.parametrize("closed", [[], [1]], ids=["", "without standard output"])
+def test_a_second_interrupt_ends_at_once(closed):
+    close = lambda: [os.close(descriptor) for descriptor in closed]
+    out, err, code = finish(start("-c", SIGNALS, cwd=ROOT, preexec_fn=close))
     expected = "saving after this step; Ctrl-C again ends at once\n"
     assert (out, err, code) == ("", expected, 130)
 
