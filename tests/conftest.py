@@ -10,7 +10,7 @@ from PIL import Image
 from input_pipeline.prepared import data_path
 from tests.helpers import STARTED
 from tests.images import small_images
-from training.compilation_cache import reusing_cpu
+from training.compilation_cache import MIN_SECONDS, reusing_cpu
 
 # What earlier runs have compiled is not to decide how a test ends. But the tests of one run share
 # what they compile, which saves a third of the time. JAX reads this when it is imported, here and
@@ -20,7 +20,7 @@ if not reusing_cpu():
 elif "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(MIN_SECONDS)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from training import step as steps_of_training
 from training.checkpoints import reading, saving
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError, SaveError
+from training.records import EpochRecord
 from training.run import evaluate, load_data, make_feed, make_plan, train
 
 FIELDS = RESIDENT | {"save_every": "20steps"}  # 44 steps an epoch
@@ -188,6 +190,34 @@ def test_another_data_set_of_the_same_name_is_refused(copied, monkeypatch):
     message = "--dataset digits: has 1000 and 360 images; .* holds a run on 1437 and 360"
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig(workdir=copied, **FIELDS))
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    config = TrainConfig(workdir=tmp_path, **(FIELDS | {"keep": 1})).resolved()
+    plan = make_plan(config, sharding.make_mesh(config))
+    with contextlib.closing(make_feed(plan, load_data(config))) as feed:
+        state, sums = feed.train(plan.create_train_state(), feed.zero_metrics(), 44)
+        before = saving.Snapshot(44, state, sums, 1.0, [], {})
+        after = dataclasses.replace(before, step=45, records=[EpochRecord(1, 45, *[0.0] * 10)])
+        with saving.Saver(tmp_path, config, SIZES, CLASSES) as saver:
+            assert saver.restore(plan.abstract_state, sums) is None
+            saver.save(before)
+            saver.finish()
+
+            def fail(*args, **kwargs):
+                raise ValueError("disk on fire")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(saving.ocp.CheckpointManager, "save", fail)
+                saver.save(after)
+                with pytest.raises(SaveError, match="disk on fire"):
+                    saver.finish()
+            assert steps(tmp_path) == [44]
+            saver.save(after)
+            saver.finish()
+        with saving.Saver(tmp_path, config, SIZES, CLASSES) as saver:
+            assert saver.restore(plan.abstract_state, sums).records == after.records
+            assert steps(tmp_path) == [45]
 
 
 def make_unreadable(copied):

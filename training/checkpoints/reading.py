@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import re
@@ -252,22 +253,30 @@ def newest_readable(
     """
     damaged: list[int] = []
     for step in reversed(reader.all_steps()):
-        path = reader.directory / str(step)
-        for seconds in (*RETRY_SECONDS, None):
-            try:
-                return (step, read(step)), damaged
-            except ConfigError:
-                raise
-            except Exception as error:  # Orbax and TensorStore raise many for damaged files.
-                if _is_damage(error):
-                    log.warning("%s: cannot be read (%s)", path, one_line(error))
-                    damaged.append(step)
-                    break
+        try:
+            return (step, _patiently(functools.partial(read, step))), damaged
+        except ConfigError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many for damaged files.
+            path = reader.directory / str(step)
+            if not _is_damage(error):
                 # The checkpoint may be intact, and older ones would fail in the same way.
-                if seconds is None:
-                    raise ConfigError(f"{path}: {one_line(error)}") from error
-                time.sleep(seconds)
+                raise ConfigError(f"{path}: {one_line(error)}") from error
+            log.warning("%s: cannot be read (%s)", path, one_line(error))
+            damaged.append(step)
     return None, damaged
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """Reads, and reads again if it was the system that could not."""
+    for seconds in RETRY_SECONDS:
+        try:
+            return read()
+        except Exception as error:
+            if _is_damage(error):
+                raise
+        time.sleep(seconds)
+    return read()
 
 
 def _is_damage(error: BaseException) -> bool:
