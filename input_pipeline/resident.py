@@ -137,7 +137,7 @@ def _fingerprint(folder: Path) -> str:
 
 def _read_cache(path: Path, fingerprint: str) -> Splits | None:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["fingerprint"]) != fingerprint:
                 return None
             # Reading a member to its end checks its CRC, so a damaged file raises an error here.

@@ -273,7 +273,9 @@ def test_steps_can_be_scanned(name):
     assert_same(scan(params_of(name)), take_steps(name, params_of(name)))
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize(
+    "name", ["agd", *(pytest.param(n, marks=pytest.mark.slow) for n in COMPOSITIONS if n != "agd")]
+)
 def test_vmap_over_seeds_is_each_seed_by_itself(name):
     trees = [params_of(name, seed) for seed in (0, 5)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -282,6 +284,7 @@ def test_vmap_over_seeds_is_each_seed_by_itself(name):
         assert_same(jax.tree.map(lambda x, i=i: x[i], found), take_steps(name, params))
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing():
     root = Path(__file__).parents[2]
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -133,6 +133,7 @@ def test_taps_are_uniform_over_the_semi_orthogonal_matrices(d_in, d_out):
         check(traces**2, 1, 2)
 
 
+@pytest.mark.slow
 def test_the_draw_is_the_same_whatever_the_sharding():
     code = """
 import jax, jax.numpy as jnp, numpy as np

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+MARKED = [pytest.param(p, marks=pytest.mark.slow) if p.stem != "nnx_model" else p for p in EXAMPLES]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
 def test_an_example_learns_in_under_sixty_lines(path):
     assert len(path.read_text().splitlines()) < 60
     run = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)

@@ -86,7 +86,8 @@ def served(tmp_path, monkeypatch):
 
     handler = functools.partial(Quiet, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
 
     def serve(name):
         host = f"http://127.0.0.1:{server.server_port}"
@@ -96,6 +97,8 @@ def served(tmp_path, monkeypatch):
 
     yield serve
     server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.mark.parametrize("name", ARCHIVES)

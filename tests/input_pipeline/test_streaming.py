@@ -116,7 +116,9 @@ def test_workers_change_nothing(train_stream, tmp_path):
     assert same(threads, three)
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (0, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(0, 0), (2, 0), (0, 2), pytest.param(2, 3, marks=pytest.mark.slow)]
+)
 def test_a_stream_goes_on_with_the_very_next_example(train_stream, tmp_path, before, after):
     source = imagenet.find(SPEC, write_tree(tmp_path, train=TRAIN, test=TEST)).train
     whole = host(train_stream(source))

@@ -205,6 +205,7 @@ def test_every_form_has_the_forward_derivatives_of_the_native(
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "vgg11"])
 def test_networks_have_the_forward_derivatives_of_the_native(arch, monkeypatch):
     types = {"dtype": jnp.float64, "param_dtype": jnp.float64}

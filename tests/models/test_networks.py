@@ -79,6 +79,7 @@ def test_vgg_pads_small_images_evenly_with_zeros():
     np.testing.assert_allclose(build(28)(images), build(32)(padded), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vgg11", "resnet18"])
 def test_training_moves_the_running_averages_and_testing_does_not(arch):
     options = {"dtype": jnp.float32, "param_dtype": jnp.float32}

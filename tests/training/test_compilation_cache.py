@@ -60,6 +60,7 @@ def _file(folder, text):
     return folder / "cpuinfo"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compilation_cache.reusing_cpu() is None, reason="XLA reuses none on this CPU")
 def test_a_second_run_compiles_nothing(tmp_path):
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_LOG_COMPILES": "1"}

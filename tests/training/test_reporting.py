@@ -48,7 +48,8 @@ def test_a_run_leaves_config_metrics_events_and_curves(tmp_path):
     folder = tmp_path
     assert json.loads((folder / "config.json").read_text())["arch"] == "fcn"
     assert [json.loads(line) for line in lines] == [record(1).to_json(), record(2).to_json()]
-    assert Image.open(folder / "curves.png").size == (1320, 396)
+    with Image.open(folder / "curves.png") as curves:
+        assert curves.size == (1320, 396)
     (events,) = folder.glob("events.out.tfevents.*")
     expected = {(name, 10 * epoch) for name in FIELDS for epoch in (1, 2)}
     assert {(tag, step) for tag, step, _ in scalars(events)} == expected

@@ -50,7 +50,7 @@ def interrupt_after(monkeypatch, patience):
     "fields",
     [
         {},
-        STREAMED,
+        pytest.param(STREAMED, marks=pytest.mark.slow),
         # Steps one by one, running averages.
         pytest.param(
             {"arch": "resnet18", "depth": None, "width": None, "epochs": 4, "train_bs": 400},
@@ -121,11 +121,14 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def start_run(workdir, *flags, **kwargs):
-    return start(ROOT / "train.py", "--platform", "cpu", "--workdir", workdir, *flags, **kwargs)
+    small = ["--platform", "cpu", "--depth", "3", "--width", "16"]
+    return start(ROOT / "train.py", *small, "--workdir", workdir, *flags, **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_a_signal_is_answered_by_saving(tmp_path, signum, code):
     process = start_run(tmp_path, "--epochs", 100_000)
@@ -164,10 +167,10 @@ print("goes on")
 """
 
 
-@pytest.mark.parametrize("closed", [[], [1]], ids=["", "without standard output"])
-def test_a_second_interrupt_ends_at_once(closed):
-    close = lambda: [os.close(descriptor) for descriptor in closed]
-    out, err, code = finish(start("-c", SIGNALS, cwd=ROOT, preexec_fn=close))
+@pytest.mark.parametrize("before", ["pass", "os.close(1)"], ids=["", "without standard output"])
+def test_a_second_interrupt_ends_at_once(before):
+    python = f"os.execv(sys.executable, [sys.executable, '-c', {SIGNALS!r}])"
+    out, err, code = finish(start("-c", f"import os, sys; {before}; {python}", cwd=ROOT))
     expected = "saving after this step; Ctrl-C again ends at once\n"
     assert (out, err, code) == ("", expected, 130)
 

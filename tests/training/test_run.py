@@ -78,7 +78,7 @@ def test_starting_weights_are_orthogonal(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
-@pytest.mark.parametrize("loss", ["mse", "xent"])
+@pytest.mark.parametrize("loss", ["mse", pytest.param("xent", marks=pytest.mark.slow)])
 def test_every_data_set_trains(prepared, tmp_path, name, loss):
     data_dir = prepared(name)
     fields = {"depth": 2, "width": 32, "train_bs": 32, "epochs": 8}
@@ -110,6 +110,7 @@ def test_steps_taken_one_by_one_are_those_of_the_loop(tmp_path, monkeypatch):
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_precisions_agree_as_far_as_they_go(tmp_path):
     fields = {"epochs": 2, "depth": 3, "width": 32}
     losses, params = {}, {}

@@ -49,6 +49,7 @@ def test_imagenet_trains(tmp_path, tree):
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
 
 
+@pytest.mark.slow
 def test_workers_and_dispatches_change_nothing(tmp_path, tree, monkeypatch):
     threads = run(tmp_path, "threads", data_dir=tree)
     monkeypatch.setattr(loop, "DISPATCH_SECONDS", 0)
@@ -88,6 +89,7 @@ def test_a_run_of_nothing_but_unreadable_images_goes_on(tmp_path, tree):
         assert np.isnan(record.test_accuracy)
 
 
+@pytest.mark.slow
 def test_weight_zero_counts_for_nothing():
     config = TrainConfig(**(FIELDS | {"dataset": "synthetic_imagenet", "workers": None})).resolved()
     plan = make_plan(config, sharding.make_mesh(config))
@@ -125,6 +127,7 @@ def test_synthetic_images_need_no_data(tmp_path):
     assert record.train_loss < np.log(1000)
 
 
+@pytest.mark.slow
 def test_bf16_keeps_everything_but_the_networks_arithmetic_in_float32(tmp_path):
     config = TrainConfig(
         **(
