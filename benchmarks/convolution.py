@@ -10,21 +10,35 @@ has a star. The forms take turns, and the best of several counts.
 A whole step has enough to do for all cores at once, also where one convolution alone keeps to one
 of them. So it is the processor's time that decides, and that is printed; `--wall` prints the
 clock's.
+
+    python benchmarks/convolution.py --steps vgg16 resnet18
+
+times whole training steps instead, by the clock: as they are, and with the best of the other forms
+wherever Winograd's is chosen.
 """
 
 import dataclasses
 import functools
+import itertools
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
-from models.cpu_convolution import FORMS, Window, form_of
+from input_pipeline.batch import Batch
+from models import cpu_convolution
+from models.cpu_convolution import FORMS, SMALL, Window, form_of
+from training import run, sharding
+from training.config import TrainConfig
+from training.step import LOSSES, train_step
 
 # Side of the map, inputs, outputs, side of the kernel, stride.
 LAYERS = (
@@ -65,10 +79,15 @@ class Options:
     """How many of the layers, from the first."""
     wall: bool = False
     """Whether to go by the clock instead of the processor's time."""
+    steps: tuple[str, ...] = ()
+    """Networks of which to time whole steps instead."""
 
 
 def main(options: Options) -> None:
     """Prints a table for each batch size."""
+    if options.steps:
+        compare_steps(options)
+        return
     clock = time.perf_counter if options.wall else time.process_time
     for batch_size in options.batch_sizes:
         print(f"\nbatch {batch_size:3d}: ms of native, and how many times as fast others are")
@@ -129,6 +148,53 @@ def measure(
             jax.block_until_ready(program(*operands))
             seconds[form] = min(seconds[form], clock() - start)
     return seconds
+
+
+def form_without_winograd(what, map_size, kernel_shape, window) -> str:
+    """The quickest of the other forms, by the table of `RESULTS.md`."""
+    form = form_of(what, map_size, kernel_shape, window)
+    if form != "winograd":
+        return form
+    return "native" if what != "kernel" and max(map_size) > SMALL else "taps"
+
+
+def compare_steps(options: Options) -> None:
+    """Prints the seconds and the temporary memory of steps with and without Winograd's form."""
+    print("network   batch  without: s, MB     with: s, MB   without / with")
+    for arch, batch_size in itertools.product(options.steps, options.batch_sizes):
+        without = compiled_step(arch, batch_size, form_without_winograd)
+        steps = without, compiled_step(arch, batch_size, form_of)
+        memory = [step.memory_analysis().temp_size_in_bytes / 1e6 for step, _ in steps]
+        times = [[seconds(*step) for step in steps] for _ in range(options.turns)]
+        ratio = statistics.median(a / b for a, b in times)
+        medians = map(statistics.median, zip(*times, strict=True))
+        columns = (f"{s:6.3f} {mb:8.0f}" for s, mb in zip(medians, memory, strict=True))
+        print(f"{arch:9s} {batch_size:5d} {' '.join(columns)}   {ratio:14.2f}", flush=True)
+
+
+def compiled_step(arch: str, batch_size: int, form: Callable[..., str]) -> tuple:
+    """A training step on noise of CIFAR-10's shape, and its arguments."""
+    config = TrainConfig(arch=arch, dataset="cifar10", train_bs=batch_size).resolved()
+    plan = run.make_plan(config, sharding.make_mesh(config))
+    images = jax.random.normal(jax.random.key(0), (batch_size, *config.spec.image_shape))
+    arguments = (
+        plan.create_train_state(),
+        Batch(images, jnp.arange(batch_size) % config.spec.num_classes, jnp.ones(batch_size)),
+    )
+    step = functools.partial(train_step, plan.graphdef, plan.tx, LOSSES[config.loss])
+    # The form is chosen while a program is lowered, and what is lowered is kept.
+    jax.clear_caches()
+    with mock.patch.object(cpu_convolution, "form_of", form):
+        program = jax.jit(step).lower(*arguments).compile()
+    jax.block_until_ready(program(*arguments))
+    return program, arguments
+
+
+def seconds(program: Callable, arguments: tuple) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
