@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_VARIABLE = "IMAGENET_PATH"
 SUFFIXES = (".jpeg", ".jpg", ".png")
+
+# A process opens about so many files besides those of the data.
+OTHER_FILES = 256
 
 
 class ArrayRecordSource:
@@ -142,7 +146,24 @@ def _prepared(spec: DatasetSpec, root: epath.Path) -> Sources:
             f"--data_dir {root}: {len(missing)} of {len(shards)} files of {spec.tfds_name} are "
             f"missing, such as {missing[0]}"
         )
+    _allow_open_files(len(shards) + OTHER_FILES, root)
     return Sources(train, test, classes)
+
+
+def _allow_open_files(count: int, root: epath.Path) -> None:
+    """Raises this process's limit of open files, which its workers inherit, where it is lower.
+
+    Whoever reads ArrayRecord keeps every file open, and ImageNet has more than the usual limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if hard != unlimited and hard < count:
+        raise DataError(
+            f"--data_dir {root}: reading it takes up to {count} open files, and this system allows "
+            f"{hard}; have its hard limit raised (`ulimit -Hn`)"
+        )
+    if soft != unlimited and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _folders(spec: DatasetSpec, root: epath.Path) -> Sources:

@@ -6,6 +6,7 @@ number of workers and processes. A stopped run continues with the very next exam
 """
 
 import dataclasses
+import errno
 import functools
 import multiprocessing
 import os
@@ -343,7 +344,9 @@ def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -
     try:
         record = source[index]
         image = jpeg.decode(record.data, window, side)
-    except (jpeg.UnreadableError, OSError):
+    except (jpeg.UnreadableError, OSError) as error:
+        if os.strerror(errno.EMFILE) in str(error):  # Nothing is wrong with the image.
+            raise
         return _blank(index, side)
     return {
         "image": image,

@@ -1,5 +1,6 @@
 import io
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from input_pipeline import imagenet
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
+from tests.helpers import ROOT, finish, start
 from tests.images import LABELS, SYNSETS, encoded, photograph, write_tree
 
 SPEC = SPECS["imagenet"]
@@ -16,7 +18,7 @@ SPEC = SPECS["imagenet"]
 def prepared_imagenet(tmp_path):
     """Returns a function that prepares a small imagenet2012 as TFDS does: () -> data_dir."""
 
-    def prepare(file_format="array_record", splits=("train", "validation"), count=7):
+    def prepare(file_format="array_record", splits=("train", "validation"), count=7, shards=1):
         import tensorflow_datasets as tfds
 
         tfds.disable_progress_bar()
@@ -30,7 +32,8 @@ def prepared_imagenet(tmp_path):
                 yield name, {"image": image, "label": SYNSETS[i % 3], "file_name": name}
 
         builder._split_generators = lambda _: {split: examples(split) for split in splits}
-        builder.download_and_prepare()
+        config = tfds.download.DownloadConfig(num_shards=shards)
+        builder.download_and_prepare(download_config=config)
         return root
 
     return prepare
@@ -100,6 +103,37 @@ def test_a_damaged_record_is_named_and_a_missing_file_is_said(prepared_imagenet)
     shard.unlink()
     with pytest.raises(DataError, match=f"1 of 2 files of imagenet2012 .* as {shard.name}"):
         imagenet.find(SPEC, root)
+
+
+OPEN_FILES = """
+import os, resource, sys
+from input_pipeline import imagenet
+from input_pipeline.specs import SPECS
+from input_pipeline.streaming import EvalExamples
+
+FILES = resource.RLIMIT_NOFILE
+root, soft, hard = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+soft += len(os.listdir("/proc/self/fd"))
+imagenet.OTHER_FILES = soft
+resource.setrlimit(FILES, (soft, soft + hard))
+source = imagenet.find(SPECS["imagenet"], root).train
+print(sum(bool(source[i].data) for i in range(source.size)))
+source = imagenet.find(SPECS["imagenet"], root).train
+resource.setrlimit(FILES, (len(os.listdir("/proc/self/fd")) - 1,) * 2)
+EvalExamples(source, side=8)(0)
+"""
+
+
+def test_files_are_opened_beyond_the_usual_limit_if_the_system_allows_it(prepared_imagenet):
+    root = prepared_imagenet(count=40, shards=20)
+    read = lambda soft, hard: finish(start("-c", OPEN_FILES, root, soft, hard, cwd=ROOT))
+    out, err, _ = read(soft=10, hard=40)
+    assert out == "40\n", err
+    # What the limit keeps from being read is not an unreadable image.
+    assert "Too many open files" in err.splitlines()[-1]
+    _, err, _ = read(soft=10, hard=39)
+    said = r"reading it takes up to \d+ open files, and this system allows \d+; have its hard limit"
+    assert re.search(said, err.splitlines()[-1])
 
 
 def test_the_environment_names_the_folder(tmp_path, monkeypatch):
