@@ -8,10 +8,13 @@ number of workers and processes. A stopped run continues with the very next exam
 import dataclasses
 import errno
 import functools
+import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import absl.flags
@@ -34,15 +37,41 @@ NOISE_TRAIN_BATCHES = 100
 NOISE_EVAL_BATCHES = 10
 
 
-def default_workers() -> int:
-    """Returns one worker per core that this process may use, less one to feed the devices."""
-    return min(MAX_WORKERS, max(1, _cores() - 1))
+def default_workers(processes: int = 1) -> int:
+    """Returns one worker per core that this process may use, less one to feed the devices.
+
+    Args:
+      processes: how many processes of the run share these cores.
+    """
+    return min(MAX_WORKERS, max(1, _cores() // processes - 1))
 
 
 def _cores() -> int:
-    """Returns how many cores this process may use, or how many there are if that is unknown."""
+    """Returns how many cores this process may use, by its affinity and the quota of its cgroup."""
     has_affinity = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, math.floor(min(cores, quota())))
+
+
+def quota(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """Returns how many cores' time the cgroup of this process, and those around it, allow.
+
+    As the kernel's documentation of cgroup v2 describes ``cpu.max``; infinite without a limit.
+
+    Args:
+      membership: the file that names the cgroup.
+      root: the folder of all cgroups.
+    """
+    found = re.search("^0::/(.*)$", membership.read_text(), re.M) if membership.exists() else None
+    cgroup = Path(found[1] if found else ".")
+    allowed = math.inf
+    for file in (root / folder / "cpu.max" for folder in (cgroup, *cgroup.parents)):
+        if file.exists():
+            limit, period = file.read_text().split()
+            allowed = min(allowed, math.inf if limit == "max" else int(limit) / int(period))
+    return allowed
 
 
 class Record(NamedTuple):

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -101,6 +102,16 @@ def introduce() -> None:
             os.getpid(),
             jax.local_device_count(),
         )
+
+
+def processes_on_these_cores() -> int:
+    """Returns how many processes, this one included, run on the same cores of the same host."""
+    if jax.process_count() == 1:
+        return 1
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    mine = np.uint32(zlib.crc32(f"{socket.gethostname()} {cores}".encode()))
+    log.debug("counts the processes on its cores")
+    return int((multihost_utils.process_allgather(mine) == mine).sum())
 
 
 def leave(message: str) -> NoReturn:

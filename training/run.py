@@ -243,7 +243,9 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
     if config.spec.loader == "noise":
         noise = functools.partial(streaming.NoiseStream, config.spec, sharding=split)
         return noise(config.train_bs), noise(config.test_bs)
-    workers = streaming.default_workers() if config.workers is None else config.workers
+    workers = config.workers
+    if workers is None:
+        workers = streaming.default_workers(multihost.processes_on_these_cores())
     train = streaming.train_stream(
         config.spec,
         data.train,

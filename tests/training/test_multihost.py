@@ -75,6 +75,33 @@ def train(devices, *flags):
     return start(ROOT / "train.py", *FLAGS.split(), *flags, env=env)
 
 
+ON_CORES = """
+import os, sys
+from training import multihost
+from training.config import TrainConfig
+
+coordinator, process_id, cores = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+if cores != "all":
+    os.sched_setaffinity(0, {int(cores)})
+multihost.initialize(TrainConfig(
+    distribute=True, coordinator=coordinator, num_processes=3, process_id=process_id
+))
+print(multihost.processes_on_these_cores())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
+def test_processes_share_the_cores_that_they_may_both_use():
+    one, *_ = os.sched_getaffinity(0)
+    address = free_address()
+    cores = ("all", one, "all")
+    started = [start("-c", ON_CORES, address, i, which, cwd=ROOT) for i, which in enumerate(cores)]
+    counts = [out.splitlines()[-1] for out, _, _ in map(finish, started)]
+    expected = ["2", "1", "2"] if len(os.sched_getaffinity(0)) > 1 else ["3", "3", "3"]
+    assert counts == expected
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
 @everywhere
