@@ -31,6 +31,8 @@ from input_pipeline.specs import DatasetSpec
 MAX_WORKERS = 32
 # Batches that wait on the devices: one ready, one on its way.
 DEVICE_BATCHES = 2
+# Batches of each worker that Grain has in shared memory at a time, as measured.
+SHARED_BATCHES = 4
 PADDING = -1
 # Batches in an epoch of noise: enough for timing, but few enough for a short wait.
 NOISE_TRAIN_BATCHES = 100
@@ -48,9 +50,14 @@ def default_workers(processes: int = 1) -> int:
 
 def _cores() -> int:
     """Returns how many cores this process may use, by its affinity and the quota of its cgroup."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, math.floor(min(cores, quota())))
+    return max(1, math.floor(min(len(affinity()), quota())))
+
+
+def affinity() -> list[int]:
+    """Returns the numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def quota(

@@ -104,13 +104,12 @@ def introduce() -> None:
         )
 
 
-def processes_on_these_cores() -> int:
-    """Returns how many processes, this one included, run on the same cores of the same host."""
+def count_alike(*facts: object) -> int:
+    """Returns how many processes, this one included, have the same facts, such as their host."""
     if jax.process_count() == 1:
         return 1
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    mine = np.uint32(zlib.crc32(f"{socket.gethostname()} {cores}".encode()))
-    log.debug("counts the processes on its cores")
+    mine = np.uint32(zlib.crc32(repr(facts).encode()))
+    log.debug("counts the processes with %r", facts)
     return int((multihost_utils.process_allgather(mine) == mine).sum())
 
 

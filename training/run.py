@@ -4,7 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
+import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from input_pipeline.streaming import Sources, Stream
 
 log = logging.getLogger(__name__)
+
+# Where Grain's workers leave their batches.
+SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -243,9 +249,10 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
     if config.spec.loader == "noise":
         noise = functools.partial(streaming.NoiseStream, config.spec, sharding=split)
         return noise(config.train_bs), noise(config.test_bs)
-    workers = config.workers
+    host, workers = socket.gethostname(), config.workers
     if workers is None:
-        workers = streaming.default_workers(multihost.processes_on_these_cores())
+        workers = streaming.default_workers(multihost.count_alike(host, streaming.affinity()))
+    _check_shared_memory(config, workers, multihost.count_alike(host))
     train = streaming.train_stream(
         config.spec,
         data.train,
@@ -259,6 +266,29 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
         config.spec, data.test, batch_size=config.test_bs, sharding=split, workers=workers
     )
     return train, evaluation
+
+
+def _check_shared_memory(config: TrainConfig, workers: int, processes: int) -> None:
+    """Raises ConfigError if the batches of all workers on this host do not fit into its memory.
+
+    Args:
+      config: the config of the run.
+      workers: how many workers each stream of each process has.
+      processes: how many processes of the run are on this host.
+    """
+    from input_pipeline.streaming import SHARED_BATCHES
+
+    images = (config.train_bs + config.test_bs) * processes // jax.process_count()
+    needed = SHARED_BATCHES * workers * images * math.prod(config.spec.image_shape)
+    if not os.path.isdir(SHARED_MEMORY) or needed <= (
+        free := shutil.disk_usage(SHARED_MEMORY).free
+    ):
+        return
+    raise ConfigError(
+        f"--workers {workers}: their batches take up to {needed / 1e6:,.0f} MB of {SHARED_MEMORY}, "
+        f"where {free / 1e6:,.0f} MB are free; give fewer workers, smaller batches, or the "
+        "container more shared memory (docker run --shm-size)"
+    )
 
 
 def _beginning(plan: Plan, feed: Feed) -> Snapshot:

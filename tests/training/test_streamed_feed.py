@@ -1,5 +1,8 @@
 import functools
 import logging
+import os
+import shutil
+import types
 
 import jax
 import jax.extend
@@ -12,8 +15,8 @@ from tests.helpers import read_records, same, untimed
 from tests.images import write_tree
 from training import loop, sharding, step
 from training.config import TrainConfig
-from training.errors import NonFiniteError
-from training.run import make_plan, train
+from training.errors import ConfigError, NonFiniteError
+from training.run import SHARED_MEMORY, make_plan, train
 from training.step import LOSSES
 
 FIELDS = {
@@ -47,6 +50,18 @@ def test_imagenet_trains(tmp_path, tree):
     assert [record.step for record in result.records] == list(range(1, 31))
     assert all(record.unreadable == 0 for record in result.records)
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
+
+
+@pytest.mark.skipif(not os.path.isdir(SHARED_MEMORY), reason="has no /dev/shm")
+def test_batches_that_shared_memory_has_no_room_for_are_refused(tmp_path, tree, monkeypatch):
+    # Four batches of 5 and four of 4 for each of three workers, of 16 x 16 x 3 bytes an image.
+    needed = 3 * 4 * (5 + 4) * 16 * 16 * 3
+    usage = types.SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(
+        ConfigError, match=r"^--workers 3: their batches take up to 0 MB of /dev/shm"
+    ):
+        run(tmp_path, data_dir=tree, workers=3)
 
 
 @pytest.mark.slow
