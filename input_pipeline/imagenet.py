@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shlex
+import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,8 @@ class ArrayRecordSource:
         self._split = split
         self._records = builder.as_data_source(split, decoders=undecoded)
         self.size = len(self._records)
+        info = builder.info.splits[split]
+        self._sizes = info.num_bytes, info.shard_lengths
 
     def __getitem__(self, index: int) -> Record:
         try:
@@ -50,6 +53,10 @@ class ArrayRecordSource:
             return file_name.decode()
         except RuntimeError:
             return f"record {index} of {self._split}"
+
+    def fingerprint(self) -> int:
+        """Returns a number that follows from the sizes of the split and of its files."""
+        return zlib.crc32(repr(self._sizes).encode())
 
 
 class FolderSource:
@@ -80,6 +87,11 @@ class FolderSource:
     def name(self, index: int) -> str:
         """Returns the path of the file."""
         return os.fspath(self._path(index))
+
+    def fingerprint(self) -> int:
+        """Returns a number that follows from the names of the files and their classes."""
+        names = zlib.crc32(b"\n".join(self._names), zlib.crc32(repr(self._folders).encode()))
+        return zlib.crc32(self._labels[self._folder].data, names)
 
     def _path(self, index: int) -> epath.Path:
         folder: str = self._folders[self._folder[index]]

@@ -99,6 +99,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Returns the name by which a person can find the record."""
 
+    def fingerprint(self) -> int:
+        """Returns a number that other records, by name, order or class, would not have."""
+
 
 class Sources(NamedTuple):
     """The two splits, and the name of each class in the order of the labels."""
@@ -276,6 +279,10 @@ class Noise:
     def name(self, index: int) -> str:
         """Raises IndexError, as there are no records."""
         raise IndexError(index)
+
+    def fingerprint(self) -> int:
+        """Returns the number of examples."""
+        return self.size
 
 
 def noise_sources(train_bs: int, test_bs: int) -> Sources:

@@ -42,6 +42,9 @@ IDENTITY = (
     "precision",
 )
 
+# What processes that train together may be told differently: who and where they are.
+OWN = ("coordinator", "process_id", "workdir", "data_dir", "workers", "verbose")
+
 
 def _flag(choices: tuple[str, ...] = (), default: str | None = None) -> Any:
     """How ``--help`` shows a field: what it may be, and what it is when it is left out."""

@@ -5,6 +5,8 @@ primary, speaks and writes for all of them. Whoever waits for another does so in
 """
 
 import functools
+import itertools
+import json
 import logging
 import os
 import socket
@@ -12,7 +14,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
@@ -25,6 +27,8 @@ from training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Processes of a job that starts may be minutes apart. Who waits longer than a moment says so.
 MEETING_SECONDS = 300
 PATIENCE_SECONDS = 5
@@ -32,7 +36,7 @@ PATIENCE_SECONDS = 5
 # A process that is not heard of for so long is lost, and the others end and say so.
 HEARTBEAT_SECONDS = 30
 
-# The maximum size of a message that is broadcast, in bytes of UTF-8.
+# The maximum size of a message to others, in bytes of UTF-8.
 MAX_BYTES = 4096
 
 
@@ -195,6 +199,55 @@ def _count(gathered: jax.Array) -> tuple[int, bool, int]:
     agreed = int(votes[:, 0].max()), bool(votes[0, 1]), int(votes[0, 2])
     log.debug("agreed on signal %s, saving %s, %s steps", *agreed)
     return agreed
+
+
+def check_same(collect: Callable[[], dict[str, Any]]) -> None:
+    """Raises ConfigError in every process if a process has another value of a fact than process 0.
+
+    Args:
+      collect: returns JSON values by name, under the same names in every process. It is not called
+        if there is one process.
+    """
+    if jax.process_count() == 1:
+        return
+    every = [json.loads(text) for text in _gather_text(json.dumps(collect()))]
+    for name, number in itertools.product(every[0], range(len(every))):
+        if every[number][name] != every[0][name]:
+            raise ConfigError(
+                f"{name}: {every[number][name]} in process {number} and {every[0][name]} in "
+                "process 0; all need the same"
+            )
+
+
+def in_every(call: Callable[[], T]) -> T:
+    """Calls a function in every process, and returns what it returns; if one fails, all do.
+
+    Raises:
+      ConfigError: if the function raises it or a DataError in another process. What it raises in
+        this process is raised as it is.
+    """
+    if jax.process_count() == 1:
+        return call()
+    result, failure = None, None
+    try:
+        result = call()
+    except (ConfigError, DataError) as error:
+        failure = error
+    every = _gather_text(str(failure or ""))
+    if failure:
+        raise failure
+    for number, text in enumerate(every):
+        if text:
+            raise ConfigError(f"process {number}: {text}")
+    return cast(T, result)
+
+
+def _gather_text(text: str) -> list[str]:
+    """Returns the text of every process, cut to the size of a message."""
+    log.debug("waiting for what the others have to say, and saying %r", text)
+    encoded = np.frombuffer(text.encode()[:MAX_BYTES].ljust(MAX_BYTES, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(encoded))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 def broadcast_from_primary(choose: Callable[[], str]) -> str:

@@ -23,7 +23,7 @@ from input_pipeline.resident import Arrays
 from training import compilation_cache, loop, metrics, multihost, sharding, state, step, workdir
 from training.checkpoints import reading
 from training.checkpoints.saving import Saver, Snapshot
-from training.config import IDENTITY, TrainConfig
+from training.config import IDENTITY, OWN, TrainConfig
 from training.errors import ConfigError
 from training.feeds import Feed, ResidentFeed, StreamedFeed
 from training.records import EpochRecord
@@ -175,7 +175,7 @@ def start(config: TrainConfig) -> None:
     """Meets the other processes, and finds the devices.
 
     Raises:
-      ConfigError: if there are none.
+      ConfigError: if there are none, or other processes have been told other things.
     """
     sharding.use_platform(config.platform)
     multihost.initialize(config)
@@ -186,6 +186,9 @@ def start(config: TrainConfig) -> None:
             raise
         multihost.leave(str(error))
     multihost.introduce()
+    # What is done comes first: the defaults of other flags follow from it.
+    fields = {"eval_only": config.eval_only} | config.to_json()
+    multihost.check_same(lambda: {f"--{k}": v for k, v in fields.items() if k not in OWN})
 
 
 @contextlib.contextmanager
@@ -205,7 +208,24 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
 
 
 def load_data(config: TrainConfig) -> "Arrays | Sources":
-    """Loads a small data set, or finds a large one."""
+    """Loads a small data set, or finds a large one; the same in every process.
+
+    Raises:
+      ConfigError: if a process has other data than process 0, or none.
+      DataError: if the data set cannot be had.
+    """
+    data = multihost.in_every(lambda: _load(config))
+    splits = {"training": data.train, "test": data.test}
+    multihost.check_same(
+        lambda: (
+            {f"{name} images": split.size for name, split in splits.items()}
+            | {f"fingerprint of the {name} images": s.fingerprint() for name, s in splits.items()}
+        )
+    )
+    return data
+
+
+def _load(config: TrainConfig) -> "Arrays | Sources":
     spec = config.spec
     if not spec.streamed:
         return resident.load(spec, config.data_dir)

@@ -47,9 +47,13 @@ class Layout(NamedTuple):
             flags += (*STREAMED.split(), "--data_dir", tree)
         return flags
 
-    def start(self, *flags):
+    def commands(self, *flags):
+        """The flags of each process."""
         meet = ("--coordinator", free_address(), "--num_processes", self.processes, "--process_id")
-        return [train(self.devices, *flags, *meet, i) for i in range(self.processes)]
+        return [(*flags, *meet, i) for i in range(self.processes)]
+
+    def start(self, *flags):
+        return [train(self.devices, *own) for own in self.commands(*flags)]
 
     def run(self, *flags):
         """What each of them wrote, and its exit code."""
@@ -146,6 +150,63 @@ def test_several_processes_train_as_one_does_and_read_what_it_wrote(tmp_path, la
     assert code == 0, err
     last = read_records(tmp_path / "many")[-1]
     assert re.search(rf"last +{last['step']} +2 +{last['test_loss']:.4f} ", out)
+
+
+def all_refuse(outputs, pattern):
+    """Whether all processes end, and say the same of what is amiss in one of them."""
+    for _, err, code in outputs:
+        assert code == 2, err
+        assert re.search(rf"^error: {pattern}$", err, re.M), err
+        assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
+@everywhere
+def test_processes_that_are_told_different_things_say_so(tmp_path, layout):
+    *first, last = layout.commands(*layout.flags(tmp_path), "--workdir", tmp_path / "run")
+    started = [train(layout.devices, *own) for own in (*first, (*last, "--seed", 7))]
+    message = f"--seed: 7 in process {layout.processes - 1} and 0 in process 0; all need the same"
+    all_refuse(map(finish, started), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("own", ["--eval_only", "--epochs 7", "--save_every 5steps"])
+def test_no_process_is_told_another_thing_than_the_first(tmp_path, own):
+    layout = Layout(2, 1, streamed=False, mesh="data=2")
+    first, last = layout.commands("--workdir", tmp_path / "run")
+    started = [train(1, *first), train(1, *last, *own.split())]
+    all_refuse(map(finish, started), f"{own.split()[0]}: .* in process 1 and .* in process 0; .*")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda tree: next(tree.glob("train/*/*")).unlink(),
+            "training images: 49 in process 1 and 50",
+        ),
+        (
+            lambda tree: (file := next(tree.glob("val/*/*"))).rename(file.with_name("z.JPEG")),
+            r"fingerprint of the test images: \d+ in process 1 and \d+",
+        ),
+        (lambda tree: (tree / "val").rename(tree / "elsewhere"), "(process 1: )?--data_dir .*"),
+    ],
+    ids=["an image", "a name", "a split"],
+)
+def test_processes_that_have_different_data_say_so(tmp_path, damage, message):
+    layout = Layout(2, 1, streamed=True, mesh="data=2")
+    trees = [write_tree(tmp_path / str(i), train=50, test=11) for i in range(2)]
+    damage(trees[1])
+    commands = layout.commands(*STREAMED.split(), "--workdir", tmp_path / "run")
+    started = [
+        train(1, *flags, "--data_dir", tree) for flags, tree in zip(commands, trees, strict=True)
+    ]
+    all_refuse(map(finish, started), f"{message}.*")
 
 
 @pytest.mark.slow
