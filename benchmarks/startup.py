@@ -81,11 +81,11 @@ def train(flags: list[str], env: dict[str, str]) -> tuple[float, float]:
     """The seconds of a training until everything is compiled, and until its end."""
     start = time.perf_counter()
     command = [sys.executable, "-u", "train.py", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("compiled in"):
-            first = time.perf_counter() - start
-    if process.wait():
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("compiled in"):
+                first = time.perf_counter() - start
+    if process.returncode:
         sys.exit(process.returncode)
     return first, time.perf_counter() - start
 

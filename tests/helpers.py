@@ -58,7 +58,7 @@ def read_records(workdir):
 def wait_for_epochs(workdir, epochs=1):
     """Waits until a run has written so many lines."""
     file = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (file.exists() and file.read_text().count("\n") >= epochs):
         assert time.monotonic() < deadline
         time.sleep(0.05)
