@@ -179,19 +179,23 @@ class LateAgreement:
 
 @functools.cache
 def _gathering() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """Returns how votes are split, a row to each process, and a program that gathers them."""
-    device_of = {device.process_index: device for device in jax.devices()}
-    mesh = Mesh([device_of[i] for i in range(jax.process_count())], "process")
+    """Returns how votes are split, a row to each device, and a program that gathers them.
+
+    All devices take part, as in a step: XLA orders programs of several devices of a process, but on
+    a CPU it ran one of a single device beside a step, and Gloo mixed up what they sent.
+    """
+    mesh = Mesh(sorted(jax.devices(), key=lambda device: device.process_index), "device")
     everywhere = NamedSharding(mesh, PartitionSpec())
     gather = jax.jit(lambda votes: votes, out_shardings=everywhere)
-    return NamedSharding(mesh, PartitionSpec("process")), gather
+    return NamedSharding(mesh, PartitionSpec("device")), gather
 
 
 def _gather(*vote: int) -> jax.Array:
-    """Starts to gather the votes of all processes."""
+    """Starts to gather the votes of all processes, process 0's first."""
     log.debug("votes for signal %s, saving %s, %s steps", *vote)
-    by_process, gather = _gathering()
-    return gather(jax.make_array_from_process_local_data(by_process, np.array([vote], np.int32)))
+    by_device, gather = _gathering()
+    rows = np.array([vote] * jax.local_device_count(), np.int32)
+    return gather(jax.make_array_from_process_local_data(by_device, rows))
 
 
 def _count(gathered: jax.Array) -> tuple[int, bool, int]:
