@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import threading
-import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -112,9 +111,8 @@ def count_alike(*facts: object) -> int:
     """Returns how many processes, this one included, have the same facts, such as their host."""
     if jax.process_count() == 1:
         return 1
-    mine = np.uint32(zlib.crc32(repr(facts).encode()))
-    log.debug("counts the processes with %r", facts)
-    return int((multihost_utils.process_allgather(mine) == mine).sum())
+    every = _gather_text(repr(facts))
+    return every.count(every[jax.process_index()])
 
 
 def leave(message: str) -> NoReturn:
@@ -272,8 +270,7 @@ def broadcast_from_primary(choose: Callable[[], str]) -> str:
             failure = error
             message = f"{'-' if isinstance(error, ConfigError | DataError) else '!'}{error}"
     log.debug("waiting for what process 0 has to say")
-    encoded = np.frombuffer(message.encode().ljust(MAX_BYTES, b"\0")[:MAX_BYTES], np.uint8)
-    shared = bytes(np.asarray(multihost_utils.broadcast_one_to_all(encoded))).rstrip(b"\0").decode()
+    shared, *_ = _gather_text(message)
     log.debug("process 0 says %r", shared)
     if failure:
         raise failure

@@ -269,10 +269,12 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
     if config.spec.loader == "noise":
         noise = functools.partial(streaming.NoiseStream, config.spec, sharding=split)
         return noise(config.train_bs), noise(config.test_bs)
-    host, workers = socket.gethostname(), config.workers
-    if workers is None:
-        workers = streaming.default_workers(multihost.count_alike(host, streaming.affinity()))
-    _check_shared_memory(config, workers, multihost.count_alike(host))
+    # Counted and checked in every process, since --workers and hosts may differ.
+    host = socket.gethostname()
+    on_host = multihost.count_alike(host)
+    on_cores = multihost.count_alike(host, streaming.affinity())
+    workers = streaming.default_workers(on_cores) if config.workers is None else config.workers
+    multihost.in_every(lambda: _check_shared_memory(config, workers, on_host))
     train = streaming.train_stream(
         config.spec,
         data.train,
@@ -300,15 +302,13 @@ def _check_shared_memory(config: TrainConfig, workers: int, processes: int) -> N
 
     images = (config.train_bs + config.test_bs) * processes // jax.process_count()
     needed = SHARED_BATCHES * workers * images * math.prod(config.spec.image_shape)
-    if not os.path.isdir(SHARED_MEMORY) or needed <= (
-        free := shutil.disk_usage(SHARED_MEMORY).free
-    ):
-        return
-    raise ConfigError(
-        f"--workers {workers}: their batches take up to {needed / 1e6:,.0f} MB of {SHARED_MEMORY}, "
-        f"where {free / 1e6:,.0f} MB are free; give fewer workers, smaller batches, or the "
-        "container more shared memory (docker run --shm-size)"
-    )
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
+    if needed > free:
+        raise ConfigError(
+            f"--workers {workers}: their batches take up to {needed / 1e6:,.0f} MB of "
+            f"{SHARED_MEMORY}, where {free / 1e6:,.0f} MB are free; give fewer workers, smaller "
+            "batches, or the container more shared memory (docker run --shm-size)"
+        )
 
 
 def _beginning(plan: Plan, feed: Feed) -> Snapshot:

@@ -183,6 +183,17 @@ def test_no_process_is_told_another_thing_than_the_first(tmp_path, own):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
+def test_each_process_may_have_a_number_of_workers_of_its_own(tmp_path):
+    tree = write_tree(tmp_path / "imagenet", train=50, test=11)
+    flags = ("--dataset", "imagenet", "--image_size", 16, "--data_dir", tree)
+    layout = Layout(2, 1, streamed=True, mesh="data=2")
+    first, last = layout.commands(*flags, "--workdir", tmp_path / "run")
+    for _, err, code in map(finish, [train(1, *first), train(1, *last, "--workers", 0)]):
+        assert code == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
