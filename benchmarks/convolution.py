@@ -35,7 +35,7 @@ import tyro
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
 from input_pipeline.batch import Batch
 from models import cpu_convolution
-from models.cpu_convolution import FORMS, SMALL, Window, form_of
+from models.cpu_convolution import FORMS, Window, form_of
 from training import run, sharding
 from training.config import TrainConfig
 from training.step import LOSSES, train_step
@@ -151,11 +151,11 @@ def measure(
 
 
 def form_without_winograd(what, map_size, kernel_shape, window) -> str:
-    """The quickest of the other forms, by the table of `RESULTS.md`."""
+    """The form that is chosen where Winograd's does not fit, as it never does with a stride."""
     form = form_of(what, map_size, kernel_shape, window)
     if form != "winograd":
         return form
-    return "native" if what != "kernel" and max(map_size) > SMALL else "taps"
+    return form_of(what, map_size, kernel_shape, window._replace(stride=2))
 
 
 def compare_steps(options: Options) -> None:
