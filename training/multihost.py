@@ -17,7 +17,6 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.errors import DataError
@@ -154,7 +153,7 @@ def agree(signum: int, save: bool, steps: int) -> tuple[int, bool, int]:
     """
     if jax.process_count() == 1:
         return signum, save, steps
-    return _count(_gather(signum, save, steps))
+    return _count(_vote(signum, save, steps))
 
 
 class LateAgreement:
@@ -171,29 +170,33 @@ class LateAgreement:
         """Returns what all processes do next; at the first call, to go on by one step."""
         if jax.process_count() == 1:
             return signum, save, steps
-        before, self._votes = self._votes, _gather(signum, save, steps)
+        before, self._votes = self._votes, _vote(signum, save, steps)
         return (0, False, 1) if before is None else _count(before)
 
 
 @functools.cache
 def _gathering() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
-    """Returns how votes are split, a row to each device, and a program that gathers them.
+    """Returns how facts are split, a row to each device, and a program that gathers them.
 
     All devices take part, as in a step: XLA orders programs of several devices of a process, but on
     a CPU it ran one of a single device beside a step, and Gloo mixed up what they sent.
     """
     mesh = Mesh(sorted(jax.devices(), key=lambda device: device.process_index), "device")
     everywhere = NamedSharding(mesh, PartitionSpec())
-    gather = jax.jit(lambda votes: votes, out_shardings=everywhere)
+    gather = jax.jit(lambda rows: rows, out_shardings=everywhere)
     return NamedSharding(mesh, PartitionSpec("device")), gather
 
 
-def _gather(*vote: int) -> jax.Array:
-    """Starts to gather the votes of all processes, process 0's first."""
-    log.debug("votes for signal %s, saving %s, %s steps", *vote)
+def _gather(fact: np.ndarray) -> jax.Array:
+    """Starts to gather an array of each process, once for each device, process 0's first."""
     by_device, gather = _gathering()
-    rows = np.array([vote] * jax.local_device_count(), np.int32)
+    rows = np.stack([fact] * jax.local_device_count())
     return gather(jax.make_array_from_process_local_data(by_device, rows))
+
+
+def _vote(signum: int, save: bool, steps: int) -> jax.Array:
+    log.debug("votes for signal %s, saving %s, %s steps", signum, save, steps)
+    return _gather(np.array([signum, save, steps], np.int32))
 
 
 def _count(gathered: jax.Array) -> tuple[int, bool, int]:
@@ -248,8 +251,11 @@ def _gather_text(text: str) -> list[str]:
     """Returns the text of every process, cut to the size of a message."""
     log.debug("waiting for what the others have to say, and saying %r", text)
     encoded = np.frombuffer(text.encode()[:MAX_BYTES].ljust(MAX_BYTES, b"\0"), np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(encoded))
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    # On all devices: a process that ends while others still connect leaves them waiting.
+    gathered = jax.block_until_ready(_gather(encoded))
+    owners = [device.process_index for device in _gathering()[0].mesh.devices.flat]
+    rows = dict(zip(owners, np.asarray(gathered.addressable_data(0)), strict=True))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows.values()]
 
 
 def broadcast_from_primary(choose: Callable[[], str]) -> str:

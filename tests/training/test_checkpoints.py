@@ -168,6 +168,7 @@ def test_any_damaged_file_of_the_newest_checkpoint_is_survived(copied, trained, 
     assert fallbacks >= 6
 
 
+@abandons_reads
 def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained):
     newest = copied / "checkpoints" / str(steps(copied)[-1])
     shutil.rmtree(newest / "training")
@@ -177,6 +178,7 @@ def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained)
     assert newest.is_dir()
 
 
+@abandons_reads
 @pytest.mark.parametrize(
     "changes",
     [
@@ -411,6 +413,7 @@ def test_a_checkpoint_from_before_classes_were_saved_is_read(copied):
     assert reading.load_all(copied).classes == []
 
 
+@abandons_reads
 def test_what_is_damaged_is_said_once_and_in_words(copied, caplog):
     (newest, *_) = reversed(steps(copied))
     manifest = copied / "checkpoints" / str(newest) / "model" / "manifest.ocdbt"
