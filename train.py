@@ -29,6 +29,7 @@ def main() -> int:
     # What Orbax logs of a failure, at length, is said in one line of our own.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
     try:
         # Before JAX is imported, so that a wrong flag is answered at once.
         config.to_evaluate() if config.eval_only else config.resolved()
@@ -44,10 +45,27 @@ def main() -> int:
     except (NonFiniteError, SaveError) as error:
         complain(f"stopped: {error}")
         return 1
+    except RuntimeError as error:  # JAX's own is one.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        complain(
+            "stopped: out of memory on a device; give a smaller --train_bs or --test_bs, or more "
+            f"devices ({reason})"
+        )
+        return 1
     except Stopped as stopped:
         complain(f"stopped: {stopped}")
         return 128 + stopped.signum
     return 0
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Says in one line that a plugin of JAX does not start, as on a machine without its device."""
+    if record.exc_info:
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+        record.exc_info = None
+    return True
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Seconds per epoch of CIFAR-10 on a CPU, against the same training in PyTorch.
+"""Seconds per epoch of CIFAR-10, against the same training in PyTorch.
 
     python benchmarks/epoch.py --arch resnet18 --data_dir DIR
+
+on a CPU or, where JAX has one, on a GPU, with `--precision bf16` in bfloat16 on both sides. It
 
 first takes a few steps of both from the same weights on the same batches, and prints their losses.
 Then both take turns, several times, after warm-up:
@@ -12,11 +14,15 @@ Then both take turns, several times, after warm-up:
 
 Ratios are medians of those within a turn, since machines vary. Last, what share of the machine's
 peak, as matrix products reach it in the same run, the arithmetic of a step amounts to: that of
-direct convolutions, on both sides.
+direct convolutions, on both sides. With `--profile DIR`, on a GPU, also which kernels take the time
+of our epoch; the trace is left in `DIR`.
 """
 
+import collections
 import dataclasses
+import gzip
 import itertools
+import json
 import math
 import os
 import statistics
@@ -24,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +63,10 @@ class Options:
     """How often each is timed."""
     checked: int = 10
     """Steps whose losses are compared first."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Of products and convolutions."""
+    profile: Path | None = None
+    """A folder for a trace of our steps, which is summed up by kernel."""
     threads: int = 2
     """Of PyTorch's operations."""
     workers: int = 2
@@ -73,6 +84,8 @@ def build_peer(options: Options, ours: Ours) -> pytorch_peer.Peer:
         options.batch_size,
         threads=options.threads,
         workers=options.workers,
+        device="cuda" if jax.default_backend() == "gpu" else "cpu",
+        bfloat16=options.precision == "bf16",
     )
     with torch.no_grad():
         weights = as_pytorch(ours.state.params, ours.spec.image_shape)
@@ -103,10 +116,15 @@ def main(options: Options) -> None:
     """Prints the tables of ``benchmarks/RESULTS.md``."""
     if options.arch not in pytorch_peer.NETWORKS:
         sys.exit(f"error: --arch must be one of {', '.join(pytorch_peer.NETWORKS)}")
-    ours = Ours(options.arch, options.batch_size, options.data_dir)
+    ours = Ours(options.arch, options.batch_size, options.data_dir, options.precision)
     peer = build_peer(options, ours)
     check(options, ours, peer)
     times(options, ours, peer)
+    if options.profile:
+        ours.train(options.steps or ours.feed.steps_per_epoch)
+        with jax.profiler.trace(options.profile):
+            ours.train(options.steps or ours.feed.steps_per_epoch)
+        print_kernels(options.profile)
 
 
 def batches(options: Options, ours: Ours, index: int) -> tuple[Batch, tuple]:
@@ -128,7 +146,7 @@ def check(options: Options, ours: Ours, peer: pytorch_peer.Peer) -> None:
     print("step        ours        peer   relative difference")
     for number in range(options.checked):
         batch, theirs = batches(options, ours, number)
-        loss, other = ours.step(batch), peer.step(*theirs)
+        loss, other = ours.step(batch), peer.step(*theirs).item()
         print(f"{number:4d}  {loss:10.6f}  {other:10.6f}   {abs(loss - other) / other:.1e}")
 
 
@@ -141,7 +159,7 @@ def times(options: Options, ours: Ours, peer: pytorch_peer.Peer) -> None:
         ("epoch", "ours"): lambda: ours.train(steps),
         ("epoch", "peer"): lambda: peer.train(steps),
         ("step", "ours"): lambda: ours.step(batch),
-        ("step", "peer"): lambda: peer.step(*theirs),
+        ("step", "peer"): lambda: peer.step(*theirs).item(),
     }
     scales = {"epoch": per_epoch / steps, "step": 1}
     for task in tasks.values():
@@ -152,7 +170,7 @@ def times(options: Options, ours: Ours, peer: pytorch_peer.Peer) -> None:
         for key, task in tasks.items():
             repeats = 1 if key[0] == "epoch" else 3
             seconds[key].append(scales[key[0]] * min(timed(task) for _ in range(repeats)))
-        peaks.append(peak())
+        peaks.append(peak(jnp.bfloat16 if options.precision == "bf16" else jnp.float32))
     part = "" if steps == per_epoch else f", of which {steps} were taken"
     print(f"\n{options.arch}, batches of {options.batch_size}, {per_epoch} steps an epoch{part}")
     print("             ours        peer   ours is so many times as fast")
@@ -170,6 +188,22 @@ def times(options: Options, ours: Ours, peer: pytorch_peer.Peer) -> None:
         print(f"{side}: {share:.0%} of that rate")
 
 
+def print_kernels(folder: Path) -> None:
+    """Prints the share of a GPU's time that each of its kernels takes, by their XLA operation."""
+    (file,) = folder.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    microseconds = collections.Counter()
+    for event in events:
+        args = event.get("args", {})
+        if names.get(event.get("pid"), "").startswith("/device:") and "hlo_op" in args:
+            microseconds[event["name"]] += event["dur"]
+    total = sum(microseconds.values())
+    print(f"\nkernels of our steps, {total / 1e6:.3f} s in all")
+    for name, spent in microseconds.most_common(20):
+        print(f"{spent / total:6.1%}  {name[:100]}")
+
+
 def timed(task: Callable[[], object]) -> float:
     """Seconds that it takes."""
     start = time.perf_counter()
@@ -177,11 +211,12 @@ def timed(task: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak() -> float:
+def peak(dtype: jnp.dtype) -> float:
     """The best rate of a few matrix products, in floating-point operations a second."""
     product, rates = jax.jit(jnp.dot), []
-    for size, _ in itertools.product((512, 1024, 2048), range(4)):
-        a = jnp.ones((size, size))
+    sizes = (8192,) if jax.default_backend() == "gpu" else (512, 1024, 2048)
+    for size, _ in itertools.product(sizes, range(4)):
+        a = jax.random.normal(jax.random.key(0), (size, size), dtype)
         jax.block_until_ready(product(a, a))
         rates.append(2 * size**3 / timed(lambda a=a: jax.block_until_ready(product(a, a))))
     return max(rates)

@@ -21,13 +21,14 @@ class Ours:
       state: of the training.
     """
 
-    def __init__(self, arch: str, batch_size: int, data_dir: str | None):
+    def __init__(self, arch: str, batch_size: int, data_dir: str | None, precision: str = "f32"):
         config = TrainConfig(
             arch=arch,
             dataset="cifar10",
             data_dir=data_dir,
             train_bs=batch_size,
             test_bs=batch_size,
+            precision=precision,
         ).resolved()
         plan = run.make_plan(config, sharding.make_mesh(config))
         self.spec, self.data = config.spec, run.load_data(config)

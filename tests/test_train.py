@@ -145,19 +145,58 @@ def initialize():
 """
 
 
-@pytest.mark.parametrize("name", ["cuda", pytest.param("rocm", marks=pytest.mark.slow)])
-def test_platform_gpu_is_the_kind_that_is_installed(tmp_path, name):
-    """A plugin as NVIDIA's or AMD's registers itself, with a CPU behind it."""
-    package = tmp_path / "jax_plugins" / f"xla_{name}9"
+def install_plugin(folder, name, source):
+    """Installs a plugin of JAX; returns the environment that has it."""
+    package = folder / "jax_plugins" / f"xla_{name}9"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(PLUGIN.format(name=name))
-    about = tmp_path / "plugin-1.0.dist-info"
+    (package / "__init__.py").write_text(source)
+    about = folder / "plugin-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         f"[jax_plugins]\nxla_{name}9 = jax_plugins.xla_{name}9\n"
     )
-    env = os.environ | {"PYTHONPATH": os.fspath(tmp_path)}
+    return os.environ | {"PYTHONPATH": os.fspath(folder)}
+
+
+def test_a_plugin_that_finds_no_device_is_one_line_too(tmp_path):
+    """As NVIDIA's does where no GPU is visible; JAX goes on without it."""
+    source = "def initialize():\n    raise RuntimeError('CUDA_ERROR_NO_DEVICE')\n"
+    env = install_plugin(tmp_path, "cuda", source)
+    run = train("--epochs", "1", "--workdir", tmp_path / "run", env=env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(
+        r"Jax plugin configuration error: .*xla_cuda9.*: CUDA_ERROR_NO_DEVICE\n", run.stderr
+    )
+
+
+FULL = """
+import sys
+import train
+from training import run
+from jax.errors import JaxRuntimeError
+
+def fill(config):
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\\nand so on")
+
+run.train = fill
+sys.exit(train.main())
+"""
+
+
+def test_a_device_whose_memory_is_full_is_one_line_too():
+    run = subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, capture_output=True, text=True)
+    message = (
+        "stopped: out of memory on a device; give a smaller --train_bs or --test_bs, or more "
+        "devices (RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.)\n"
+    )
+    assert (run.returncode, run.stderr) == (1, message)
+
+
+@pytest.mark.parametrize("name", ["cuda", pytest.param("rocm", marks=pytest.mark.slow)])
+def test_platform_gpu_is_the_kind_that_is_installed(tmp_path, name):
+    """A plugin as NVIDIA's or AMD's registers itself, with a CPU behind it."""
+    env = install_plugin(tmp_path, name, PLUGIN.format(name=name))
     flags = ["--platform", "gpu", "--epochs", "1", "--workdir", tmp_path / "run"]
     run = train(*flags, env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -175,7 +175,8 @@ def start(config: TrainConfig) -> None:
     """Meets the other processes, and finds the devices.
 
     Raises:
-      ConfigError: if there are none, or other processes have been told other things.
+      ConfigError: if there are none, or other processes have been told other things. If devices
+        cannot reach those of other processes, the process ends, with exit code 2.
     """
     sharding.use_platform(config.platform)
     multihost.initialize(config)
@@ -188,7 +189,14 @@ def start(config: TrainConfig) -> None:
     multihost.introduce()
     # What is done comes first: the defaults of other flags follow from it.
     fields = {"eval_only": config.eval_only} | config.to_json()
-    multihost.check_same(lambda: {f"--{k}": v for k, v in fields.items() if k not in OWN})
+    try:
+        multihost.check_same(lambda: {f"--{k}": v for k, v in fields.items() if k not in OWN})
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        multihost.leave(
+            "--distribute: devices of different processes cannot reach each other; each process "
+            f"needs its own ({reason})"
+        )
 
 
 @contextlib.contextmanager

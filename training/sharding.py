@@ -85,7 +85,7 @@ def find_devices(platform: str | None) -> list[jax.Device]:
         reason = str(error).split(" (set JAX_PLATFORMS")[0].partition("\n")[0]
         raise ConfigError(
             f"{flag}: JAX finds no such device; leave it out, or install the JAX that has it, with "
-            "pip install -U 'jax[cuda13]', or 'jax[tpu]'" + (f" ({reason})" if reason else "")
+            "`./run install cuda13`, or `tpu`" + (f" ({reason})" if reason else "")
         ) from error
 
 

@@ -43,5 +43,5 @@ def test_the_peer_has_the_same_losses(arch):
             batch = Batch(jnp.asarray(images), jnp.asarray(labels, jnp.int32), jnp.ones(16))
             state, measured = step(state, batch)
             channels_first = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-            loss = peer.step(channels_first, torch.from_numpy(labels))
+            loss = peer.step(channels_first, torch.from_numpy(labels)).item()
             assert float(measured.sums.loss) / 16 == pytest.approx(loss, rel=1e-10)

@@ -339,6 +339,29 @@ def test_a_process_without_a_device_ends_all(tmp_path):
     assert other_code != 0
 
 
+# What NCCL says to two processes that drive the same GPU.
+ON_ONE_GPU = """
+from jax.errors import JaxRuntimeError
+from training import multihost, run
+from training.config import TrainConfig
+
+def refuse(collect):
+    raise JaxRuntimeError("INTERNAL: NCCL: invalid usage\\n=== Source Location Trace: ===")
+
+multihost.check_same = refuse
+run.start(TrainConfig())
+"""
+
+
+def test_devices_that_cannot_reach_each_other_are_one_line():
+    _, err, code = finish(start("-c", ON_ONE_GPU, cwd=ROOT))
+    message = "devices of different processes cannot reach each other; each process needs its own"
+    assert (code, err) == (
+        2,
+        f"error: --distribute: {message} (INTERNAL: NCCL: invalid usage)\n",
+    )
+
+
 def test_who_waits_for_the_others_answers_signals():
     flags = ("--coordinator", "localhost:1", "--process_id", 1)
     process = start("-c", MEET.format(seconds=300), *flags, cwd=ROOT)
