@@ -41,8 +41,9 @@ MAX_BYTES = 4096
 def initialize(config: TrainConfig) -> None:
     """Meets the other processes, if the config says that there are some.
 
-    Without an address, JAX finds out from SLURM, Open MPI, a TPU pod or GKE where they are. To be
-    called before anything else is asked of JAX.
+    Without an address, JAX finds out from SLURM, Open MPI, a TPU pod or GKE where they are. One
+    process on a host drives all its GPUs, and several that SLURM or Open MPI started one each. To
+    be called before anything else is asked of JAX.
 
     Raises:
       ConfigError: if it cannot find out, or the processes cannot meet. If others do not come, the
@@ -69,6 +70,7 @@ def initialize(config: TrainConfig) -> None:
                 config.coordinator,
                 config.num_processes,
                 config.process_id,
+                _local_device_ids(),
                 # Time for us to say in one line what JAX says by aborting.
                 initialization_timeout=2 * MEETING_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -91,6 +93,18 @@ def initialize(config: TrainConfig) -> None:
             "give each of them --coordinator, --num_processes and --process_id "
             f"({str(failure[0]).splitlines()[0]})"
         ) from failure[0]
+
+
+def _local_device_ids() -> list[int] | None:
+    """Returns what JAX is to know of the GPUs of this process: [] for all, None to find one.
+
+    It finds the one of its own number on the host for every process of SLURM and Open MPI, also for
+    the only one there. And on Kubernetes it would ask the server even when it is told everything.
+    """
+    get = os.environ.get
+    slurm = get("SLURM_STEP_NUM_TASKS") != get("SLURM_STEP_NUM_NODES")
+    open_mpi = get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") != "1"
+    return None if slurm or open_mpi or get("JAX_LOCAL_DEVICE_IDS") else []
 
 
 def introduce() -> None:

@@ -108,6 +108,42 @@ def test_processes_share_the_cores_that_they_may_both_use():
     assert counts == expected
 
 
+GPUS = """
+import jax
+from training import multihost
+from training.config import TrainConfig
+
+multihost.initialize(TrainConfig(distribute=True))
+print(jax.config.read("jax_cuda_visible_devices"))
+"""
+
+
+def told_by_slurm(i, nodes):
+    told = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": i}
+    told |= {"LOCALID": i if nodes == 1 else 0, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": nodes}
+    return {f"SLURM_{name}": str(value) for name, value in told.items()}
+
+
+def told_by_open_mpi(i, nodes):
+    told = {"SIZE": 2, "RANK": i, "LOCAL_SIZE": 2 // nodes, "LOCAL_RANK": i if nodes == 1 else 0}
+    env = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in told.items()}
+    return env | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [told_by_slurm, told_by_open_mpi])
+@pytest.mark.parametrize(
+    ("nodes", "own", "expected"),
+    [(1, {}, ["0", "1"]), (2, {}, ["all", "all"]), (2, {"JAX_LOCAL_DEVICE_IDS": "3"}, ["3", "3"])],
+    ids=["two on a host", "one on each of two", "told which"],
+)
+def test_a_process_that_is_alone_on_its_host_drives_all_gpus(told, nodes, own, expected):
+    env = os.environ | {"JAX_COORDINATOR_PORT": free_address().rpartition(":")[2]} | own
+    started = [start("-c", GPUS, cwd=ROOT, env=env | told(i, nodes)) for i in range(2)]
+    ended = list(map(finish, started))
+    assert [out.strip() for out, *_ in ended] == expected, ended
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
 @everywhere
