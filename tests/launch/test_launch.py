@@ -17,10 +17,10 @@ SMALL = "--arch fcn --platform cpu --epochs 1 --depth 2 --width 16 --train_bs 16
 # Starts two tasks on this node, with what SLURM tells each of them.
 SRUN = """#!{python}
 import os, subprocess, sys
-command = [argument for argument in sys.argv[1:] if argument != "--kill-on-bad-exit=1"]
-command[0] = sys.executable
-step = {{"SLURM_JOB_ID": "71234", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_TASKS": "2"}}
+assert sys.argv[1:3] == ["--cpus-per-task=12", "--kill-on-bad-exit=0"]
+command = sys.argv[3:]
+step = {{"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1"}}
 tasks = [
     subprocess.Popen(
         command, env=os.environ | step | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}
@@ -44,7 +44,7 @@ def launch(script, env, workdir, *data):
 
 
 @pytest.mark.slow
-def test_slurm(tmp_path):
+def test_slurm_as_far_as_it_goes_without_slurm(tmp_path):
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
     srun.write_text(SRUN.format(python=sys.executable))
@@ -52,7 +52,9 @@ def test_slurm(tmp_path):
     path = f"{srun.parent}{os.pathsep}{os.environ['PATH']}"
     tree = write_tree(tmp_path / "imagenet", train=33, test=6)
     data = ["--data_dir", tree, "--image_size", "16", "--workers", "1", "--precision", "f32"]
-    assert launch("slurm.sh", {"PATH": path}, tmp_path / "run", *data) == 2
+    job = {"SLURM_JOB_ID": "71234", "SLURM_CPUS_PER_TASK": "12"}
+    env = job | {"PATH": path, "PYTHON": sys.executable}
+    assert launch("slurm.sh", env, tmp_path / "run", *data) == 2
 
 
 @pytest.mark.slow
