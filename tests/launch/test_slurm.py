@@ -62,7 +62,11 @@ class Cluster:
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        files = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munge.pid"}
+        files = {
+            "key-file": key,
+            "socket": folder / "munge.socket",
+            "pid-file": folder / "munge.pid",
+        }
         files |= {"log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}
         self.daemon("munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in files.items()))
         self.wait_until(lambda: (folder / "munge.socket").exists())

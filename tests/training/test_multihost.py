@@ -144,6 +144,21 @@ def test_a_process_that_is_alone_on_its_host_drives_all_gpus(told, nodes, own, e
     assert [out.strip() for out, *_ in ended] == expected, ended
 
 
+POD = """
+import sys
+from training import multihost
+from training.config import TrainConfig
+
+told = {"coordinator": sys.argv[1], "num_processes": 1, "process_id": 0}
+multihost.initialize(TrainConfig(distribute=True, **told))
+"""
+
+
+def test_a_pod_that_is_told_everything_asks_nothing_of_kubernetes():
+    env = os.environ | {"KUBERNETES_SERVICE_HOST": "localhost"}
+    assert finish(start("-c", POD, free_address(), cwd=ROOT, env=env)) == ("", "", 0)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
 @everywhere
