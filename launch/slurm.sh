@@ -9,7 +9,7 @@
 # unless the site says otherwise) for saving, and --save_every bounds what is lost beyond that.
 #
 # For one process for each GPU: --ntasks-per-node=8 --cpus-per-task=12, and --gpus-per-node as it is.
-# With --gpus-per-task=1 a process sees one GPU, as number 0, and JAX asks for its own number's.
+# With --gpus-per-task=1 a process sees one GPU, as number 0, and JAX asks for that of its own number.
 #
 # Tried: SLURM 22.05 of Debian 12, two nodes on one machine, CPU (tests/launch/test_slurm.py).
 #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --cpus-per-task=96

@@ -50,12 +50,16 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
 class Cluster:
     """SLURM in a folder."""
 
-    def __init__(self, folder, grace):
-        """Starts it, with so many seconds from the signal to the end of a job that is preempted."""
-        folder.mkdir()
-        (folder / "state").mkdir()
+    def __init__(self, folder):
+        """Is not started yet."""
         self.folder, self.conf, self.daemons = folder, folder / "slurm.conf", []
-        self.env = os.environ | {"SLURM_CONF": str(self.conf), "PATH": PATH}
+        own = {"SLURM_CONF": str(self.conf), "PATH": PATH, "PYTHON": sys.executable}
+        self.env = os.environ | own
+
+    def start(self, grace):
+        """Starts it, with so many seconds from the signal to the end of a job that is preempted."""
+        folder = self.folder
+        (folder / "state").mkdir(parents=True)
         ports = [free_address().rpartition(":")[2] for _ in range(3)]
         facts = {"folder": folder, "ports": ports, "user": getpass.getuser(), "grace": grace}
         self.conf.write_text(CONF.format(first_job=os.getpid(), **facts))
@@ -103,10 +107,11 @@ class Cluster:
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.2)
 
-    def wait_for(self, job, state):
-        """Waits until the job is in this state, and returns what SLURM knows of it."""
-        self.wait_until(lambda: self.job(job)["JobState"] == state)
-        return self.job(job)
+    def wait_for_end(self, job):
+        """Waits until the job has ended and is not to start again, and returns how it ended."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.wait_until(lambda: self.job(job)["JobState"] in ends)
+        return self.job(job)["JobState"]
 
     def logs(self):
         return "\n".join(f"{p}\n{p.read_text()}" for p in sorted(self.folder.glob("*.log")))
@@ -121,19 +126,13 @@ class Cluster:
 
 
 @pytest.fixture
-def start_slurm(tmp_path):
+def slurm(tmp_path):
     missing = [name for name in DAEMONS if not shutil.which(name, path=PATH)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (Debian: munge, slurmctld and slurmd)")
-    started = []
-
-    def start(grace):
-        started.append(Cluster(tmp_path / "slurm", grace))
-        return started[0]
-
-    yield start
-    for cluster in started:
-        cluster.close()
+    cluster = Cluster(tmp_path / "slurm")
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture
@@ -145,7 +144,6 @@ def train(tmp_path, monkeypatch):
     for name in ("launch", "train.py"):
         (folder / name).symlink_to(ROOT / name)
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PYTHON", sys.executable)
     tree = write_tree(tmp_path / "imagenet", train=330, test=6)
     resources = ("--gpus-per-node=0", "--cpus-per-task=1", "launch/slurm.sh")
     flags = "--arch fcn --platform cpu --depth 2 --width 16 --train_bs 16 --test_bs 40"
@@ -156,17 +154,16 @@ def train(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("grace", [0, 30], ids=["requeued by SLURM", "requeued by the script"])
-def test_a_job_that_is_preempted_goes_on_by_itself(start_slurm, train, grace):
-    slurm = start_slurm(grace)
+def test_a_job_that_is_preempted_goes_on_by_itself(slurm, train, grace):
+    slurm.start(grace)
     job = slurm.submit(*train, "--epochs", 60)
     workdir = Path("runs") / f"slurm-{job}"
     wait_for_epochs(workdir)
     urgent = slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
-    slurm.wait_for(urgent, "COMPLETED")
-    ended = slurm.wait_for(job, "COMPLETED")
-
-    output = slurm.output(job)
-    assert ended["Restarts"] == "1", output
+    assert slurm.wait_for_end(urgent) == "COMPLETED"
+    end, output = slurm.wait_for_end(job), slurm.output(job)
+    assert end == "COMPLETED", output
+    assert slurm.job(job)["Restarts"] == "1"
     assert "devices   2 x cpu (cpu) of 2 processes" in output
     assert len(re.findall("^stopped: SIGTERM after step", output, re.M)) == 2
     assert len(re.findall("^resumed   after step", output, re.M)) == 1
@@ -175,10 +172,11 @@ def test_a_job_that_is_preempted_goes_on_by_itself(start_slurm, train, grace):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
-def test_a_job_that_fails_or_is_cancelled_does_not_go_on(start_slurm, train):
-    slurm = start_slurm(0)
+def test_a_job_that_fails_or_is_cancelled_does_not_go_on(slurm, train):
+    slurm.start(0)
     failing = slurm.submit(*train, "--epochs", -1)
-    assert slurm.wait_for(failing, "FAILED")["ExitCode"] == "2:0"
+    assert slurm.wait_for_end(failing) == "FAILED"
+    assert slurm.job(failing)["ExitCode"] == "2:0"
     cancelled = slurm.submit(*train, "--epochs", 100_000)
     wait_for_epochs(Path("runs") / f"slurm-{cancelled}")
     slurm("scancel", cancelled)
