@@ -42,7 +42,8 @@ def create(
       dtype: the dtype in which the network computes.
       param_dtype: the dtype of its parameters and running averages.
       rngs: the random keys for Flax's own starting weights.
-      **options: options of the network's class: ``depth`` and ``width`` of ``fcn``.
+      **options: options of the network's class: ``depth`` and ``width`` of ``fcn``; of the others
+        ``bn_group``, the number of examples that BatchNorm takes together, by default the batch.
 
     Returns:
       A module that maps images ``(batch, height, width, channels)`` to logits

@@ -27,9 +27,11 @@ class PreActivationBlock(nnx.Module):
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
     """
 
-    def __init__(self, d_in: int, width: int, stride: int, bottleneck: bool, **types: Any):
+    def __init__(
+        self, d_in: int, width: int, stride: int, bottleneck: bool, group: int, **types: Any
+    ):
         self.convs = _convolutions(d_in, width, stride, bottleneck, types)
-        self.norms = nnx.List(BatchNorm(c.in_features, **types) for c in self.convs)
+        self.norms = nnx.List(BatchNorm(c.in_features, group=group, **types) for c in self.convs)
         self.shortcut = _shortcut(d_in, self.convs[-1].out_features, stride, types)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,12 +53,16 @@ class PostActivationBlock(nnx.Module):
     Where the shape changes, the shortcut is a 1x1 convolution with BatchNorm.
     """
 
-    def __init__(self, d_in: int, width: int, stride: int, bottleneck: bool, **types: Any):
+    def __init__(
+        self, d_in: int, width: int, stride: int, bottleneck: bool, group: int, **types: Any
+    ):
         self.convs = _convolutions(d_in, width, stride, bottleneck, types)
-        self.norms = nnx.List(BatchNorm(c.out_features, **types) for c in self.convs)
+        self.norms = nnx.List(BatchNorm(c.out_features, group=group, **types) for c in self.convs)
         d_out = self.convs[-1].out_features
         self.shortcut = _shortcut(d_in, d_out, stride, types)
-        self.shortcut_norm = None if self.shortcut is None else BatchNorm(d_out, **types)
+        self.shortcut_norm = None
+        if self.shortcut is not None:
+            self.shortcut_norm = BatchNorm(d_out, group=group, **types)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(batch, height, width, d_in)`` to ``(batch, height', width', d_out)``."""
@@ -105,6 +111,7 @@ class ResNet(nnx.Module):
         *,
         depth: int = 18,
         width: int = 64,
+        bn_group: int = 0,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -118,14 +125,15 @@ class ResNet(nnx.Module):
             block, self.stem_norm = PreActivationBlock, None
             self.stem = conv(channels, width, 3, **types)
         else:
-            block, self.stem_norm = PostActivationBlock, BatchNorm(width, **types)
+            block, self.stem_norm = PostActivationBlock, BatchNorm(width, group=bn_group, **types)
             self.stem = conv(channels, width, 7, 2, **types)
         self.blocks: nnx.List[Block] = nnx.List()
         channels = width
         for stage, count in enumerate(stages):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                self.blocks.append(block(channels, width << stage, stride, bottleneck, **types))
+                sizes = channels, width << stage, stride
+                self.blocks.append(block(*sizes, bottleneck, bn_group, **types))
                 channels = self.blocks[-1].convs[-1].out_features
         self.head = nnx.Linear(channels, num_classes, use_bias=False, **types)
 

@@ -33,6 +33,7 @@ class VGG(nnx.Module):
         num_classes: int,
         *,
         depth: int = 16,
+        bn_group: int = 0,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -47,7 +48,7 @@ class VGG(nnx.Module):
             self.norms.append(nnx.List())
             for _ in range(repeats):
                 self.convs[-1].append(conv(channels, d_out, 3, **types))
-                self.norms[-1].append(BatchNorm(d_out, **types))
+                self.norms[-1].append(BatchNorm(d_out, group=bn_group, **types))
                 channels = d_out
         pixels = (max(height, SMALLEST) // SMALLEST) * (max(width, SMALLEST) // SMALLEST)
         self.head = nnx.Linear(pixels * channels, num_classes, use_bias=False, **types)

@@ -36,6 +36,7 @@ IDENTITY = (
     "train_bs",
     "depth",
     "width",
+    "bn_group",
     "gain",
     "seed",
     "image_size",
@@ -74,6 +75,8 @@ class TrainConfig:
     """Number of layers of fcn."""
     width: Annotated[int | None, _flag(("INT",), str(WIDTH))] = None
     """Width of the hidden layers of fcn."""
+    bn_group: int = 0
+    """Consecutive examples that BatchNorm takes together; 0 takes the whole training batch."""
     gain: float = 1.0
     """Multiplies every update; 1 is AGD, 10 an experiment."""
     seed: int = 0
@@ -140,6 +143,7 @@ class TrainConfig:
         for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
+        self._check_bn_group()
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"--workers {self.workers}: must be at least 0")
         for name, loaders in (("image_size", ("imagenet", "noise")), ("workers", ("imagenet",))):
@@ -157,6 +161,21 @@ class TrainConfig:
         if self.restart and self.workdir is None:
             raise ConfigError("--restart: give the --workdir of the run that is to begin afresh")
         return config
+
+    def _check_bn_group(self) -> None:
+        """Raises ConfigError if BatchNorm cannot take the batch by groups of that size."""
+        group = self.bn_group
+        if group and self.arch == "fcn":
+            raise ConfigError(f"--bn_group {group}: is for networks with BatchNorm, not for fcn")
+        if group and (group < 0 or self.train_bs % group):
+            sizes = [n for n in range(1, self.train_bs + 1) if self.train_bs % n == 0]
+            below = max((n for n in sizes if n < group), default=None)
+            above = min((n for n in sizes if n > group), default=None)
+            near = " or ".join(str(n) for n in (below, above) if n)
+            raise ConfigError(
+                f"--bn_group {group}: does not divide --train_bs {self.train_bs}, as {near} would; "
+                "0 is for the whole batch"
+            )
 
     def _placed(self) -> "TrainConfig":
         """The config with the flags checked that say where to compute."""

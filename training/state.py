@@ -55,7 +55,7 @@ class TrainState:
 def create_network(config: TrainConfig) -> nnx.Module:
     """Builds the network of a config, with Flax's own initial weights."""
     dtype, param_dtype = DTYPES[config.precision]
-    options = {"depth": config.depth, "width": config.width}
+    options = {"depth": config.depth, "width": config.width, "bn_group": config.bn_group}
     return models.create(
         config.arch,
         config.spec.image_shape,
@@ -64,7 +64,7 @@ def create_network(config: TrainConfig) -> nnx.Module:
         param_dtype=param_dtype,
         rngs=nnx.Rngs(0),
         # Only the given options: the config rejects those that the network does not have.
-        **{name: value for name, value in options.items() if value is not None},
+        **{name: value for name, value in options.items() if value},
     )
 
 

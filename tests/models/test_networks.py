@@ -108,3 +108,35 @@ def test_batch_norm_averages_the_unbiased_variance():
     # Of one value there is no variance, and no reason to end with a NaN.
     assert np.all(np.isfinite(norm(x[:1, :1, :1])))
     assert np.all(np.isfinite(norm.var[...]))
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "resnet18", "resnet50"])
+@pytest.mark.parametrize("side", [32, 64])
+def test_every_batch_norm_of_a_network_takes_the_same_groups(arch, side):
+    model = abstract(arch, (side, side, 3), bn_group=4)
+    norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
+    assert norms
+    assert {norm.group for norm in norms} == {4}
+
+
+def test_each_group_is_normalised_as_a_batch_and_the_averages_are_the_mean_of_theirs():
+    make = lambda group: BatchNorm(
+        3, group=group, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    grouped, alone = make(2), [make(0) for _ in range(3)]
+    # Each example has a level of its own, so which are together shows.
+    x = jax.random.normal(jax.random.key(0), (6, 2, 2, 3)) + jnp.arange(6.0)[:, None, None, None]
+    # In two steps, the second of which starts from averages that are no zeros and ones.
+    for _ in range(2):
+        y = grouped(x)
+        expected = [norm(part) for norm, part in zip(alone, jnp.split(x, 3), strict=True)]
+        np.testing.assert_allclose(y, jnp.concatenate(expected), atol=1e-5)
+        for name in ("mean", "var"):
+            averages = [getattr(norm, name)[...] for norm in alone]
+            np.testing.assert_allclose(getattr(grouped, name)[...], sum(averages) / 3, rtol=1e-5)
+    assert not np.allclose(y, make(0)(x), atol=0.1)
+
+    # Evaluation knows no groups: five are no multiple of two.
+    grouped.eval()
+    mean, var = grouped.mean[...], grouped.var[...]
+    np.testing.assert_allclose(grouped(x[:5]), (x[:5] - mean) / np.sqrt(var + 1e-5), rtol=1e-5)

@@ -47,15 +47,17 @@ def five_steps(config, devices):
         }
 
 
-def main(arch, precision, *meshes):
+def main(arch, precision, bn_group, *meshes):
     if arch == "resnet18":
         models.create = functools.partial(models.create, width=8)
-    fields = {"arch": arch, "precision": precision, "test_bs": 40}
+    fields = {"arch": arch, "precision": precision, "test_bs": 40, "bn_group": int(bn_group)}
+    # On eight devices, twelve examples on each of them, or eight.
+    fields |= {"train_bs": 96 if int(bn_group) else 64}
     if arch == "fcn":
         fields |= {"depth": 5, "width": 32}
     results = []
     for mesh in meshes:
-        config = TrainConfig(**fields, train_bs=64, mesh=None if mesh == "one" else mesh).resolved()
+        config = TrainConfig(**fields, mesh=None if mesh == "one" else mesh).resolved()
         results.append(five_steps(config, jax.devices()[: 1 if mesh == "one" else None]))
     print(json.dumps(results))
 

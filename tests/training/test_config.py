@@ -19,6 +19,19 @@ from training.errors import ConfigError
             {"dataset": "synthetic_imagenet", "workers": 3},
             r"--workers 3: is for imagenet, not for synthetic_imagenet",
         ),
+        (
+            {"arch": "resnet18", "bn_group": 48},
+            r"--bn_group 48: does not divide --train_bs 128, as 32 or 64 would; 0 is for the whole",
+        ),
+        (
+            {"arch": "vgg", "bn_group": 256},
+            r"--bn_group 256: does not divide --train_bs 128, as 128 would",
+        ),
+        (
+            {"arch": "vgg", "bn_group": -1},
+            r"--bn_group -1: does not divide --train_bs 128, as 1 would",
+        ),
+        ({"bn_group": 32}, r"--bn_group 32: is for networks with BatchNorm, not for fcn"),
         ({"gain": float("nan")}, r"--gain nan: must be positive and finite"),
         ({"dataset": "imagenet", "workers": -1}, r"--workers -1: must be at least 0"),
         (
@@ -115,7 +128,11 @@ def fields(**optional):
 
 
 COUNT = st.integers(1)
-NETWORKS = fields(depth=COUNT, width=COUNT) | fields(arch=st.sampled_from(ARCHS))
+NETWORKS = (
+    fields(depth=COUNT, width=COUNT)
+    | fields(arch=st.sampled_from(ARCHS))
+    | st.fixed_dictionaries({"arch": st.sampled_from(ARCHS[1:]), "bn_group": st.just(1)})
+)
 DATA = fields(dataset=st.sampled_from(DATASETS)) | st.fixed_dictionaries(
     {"dataset": st.just("imagenet")},
     optional={"image_size": COUNT, "workers": st.integers(0), "data_dir": st.text()},
@@ -164,10 +181,13 @@ def test_json_of_any_kind_is_a_config_or_refused(name, value):
 
 def test_a_config_of_before_depth_was_of_fcn_alone_is_read():
     old = TrainConfig(arch="resnet18").to_json() | {"depth": 10, "width": 256}
+    del old["bn_group"]  # Which came later still.
     config = TrainConfig.from_json(old).resolved()
     config.check_same_run(TrainConfig(arch="resnet18").resolved())
     with pytest.raises(ConfigError, match=r"--depth 10: .* holds a run without --depth; give that"):
         TrainConfig(depth=10).check_same_run(config, ["depth"])
+    with pytest.raises(ConfigError, match=r"--bn_group 32: .* holds a run with --bn_group 0; give"):
+        TrainConfig(arch="resnet18", bn_group=32).resolved().check_same_run(config)
 
 
 @pytest.mark.parametrize(

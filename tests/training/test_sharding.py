@@ -17,6 +17,18 @@ from training.errors import ConfigError
 MESHES = ("fsdp=8", "data=2,fsdp=2,model=2", "data=8", "data=4,model=2")
 TOLERANCE = {"f32": 1e-5, "f64": 1e-10}
 ROOT = Path(__file__).parents[2]
+EIGHT = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+def five_steps(*arguments):
+    """What ``five_steps.py`` measures with these arguments, on one device and on each mesh."""
+    command = [sys.executable, "-m", "tests.training.five_steps", *map(str, arguments)]
+    run = subprocess.run(command, cwd=ROOT, env=EIGHT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -30,14 +42,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_training_is_the_same_on_every_mesh(arch, precision, meshes):
-    command = [sys.executable, "-m", "tests.training.five_steps", arch, precision, "one", *meshes]
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    one, *others = json.loads(run.stdout.splitlines()[-1])
+    one, *others = five_steps(arch, precision, 0, "one", *meshes)
     assert one["split"] == 0
     tolerance = TOLERANCE[precision]
     for mesh, other in zip(meshes, others, strict=True):
@@ -50,6 +55,59 @@ def test_training_is_the_same_on_every_mesh(arch, precision, meshes):
             assert other["split"] > 0, mesh
     fsdp = others[meshes.index("fsdp=8")]
     assert fsdp["bytes"] < 0.2 * one["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bn_group", [6, 8, 24], ids=["within", "across", "of several"])
+def test_groups_of_batch_norm_are_the_same_on_every_mesh(bn_group):
+    """Groups within the twelve examples of a device, some across two, and of two devices each."""
+    one, other = five_steps("resnet18", "f64", bn_group, "one", "data=4,fsdp=2")
+    for name in ("loss", "test_loss", "eta", "gradient_summary", "params"):
+        assert other[name] == pytest.approx(one[name], rel=1e-10), name
+    assert other["batch_stats"] == pytest.approx(one["batch_stats"], rel=1e-9, abs=1e-9)
+
+
+SENT = """
+import functools, re
+import jax, jax.numpy as jnp
+import models
+from models import cpu_convolution
+from input_pipeline.batch import Batch
+from training import run, sharding, step
+from training.config import TrainConfig
+
+# As on an accelerator: the gradient of a kernel in one piece.
+cpu_convolution.form_of = lambda *_: "native"
+models.create = functools.partial(models.create, width=8)
+config = TrainConfig(arch="resnet18", train_bs=64, mesh="data=8", bn_group={bn_group}).resolved()
+mesh = sharding.make_mesh(config)
+plan = run.make_plan(config, mesh)
+like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
+float32, int32 = jnp.float32, jnp.int32
+batch = Batch(like((64, 8, 8, 1), float32), like((64,), int32), like((64,), float32))
+take = functools.partial(step.train_step, plan.graphdef, plan.tx, step.LOSSES["mse"])
+compiled = jax.jit(take, out_shardings=(plan.shardings, sharding.replicated(mesh)))
+for line in compiled.lower(plan.abstract_state, batch).compile().as_text().splitlines():
+    if found := re.search(r"= (.*) (all|collective|reduce-scatter)[a-z-]*\\(", line):
+        print(line.split(" = ")[0].strip(" %").split(".")[0], len(re.findall(r"\\[\\d", found[1])))
+"""
+
+
+@pytest.mark.slow
+def test_groups_that_a_device_holds_leave_one_sum_to_send():
+    def sent(bn_group):
+        command = [sys.executable, "-c", SENT.format(bn_group=bn_group)]
+        run = subprocess.run(command, cwd=ROOT, env=EIGHT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        sums = [line.split() for line in run.stdout.splitlines()]
+        assert {name for name, _ in sums} == {"all-reduce"}
+        # How many arrays each of them has, besides scalars.
+        return sorted(int(arrays) for _, arrays in sums if int(arrays))
+
+    # 21 gradients, and in the same sum the averages: 16 means and as many variances.
+    assert sent(8) == sent(4) == [21 + 2 * 16]
+    # Those of the whole batch are needed one after the other, forward and backward.
+    assert len(sent(0)) > 30
 
 
 def mesh_of(**sizes):
