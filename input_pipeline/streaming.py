@@ -1,13 +1,12 @@
 """Large data sets: Grain's workers read and decode, and batches wait on the devices for the step.
 
-The examples of an epoch, the crop of each image and the process that reads it are functions of the
+The examples of an epoch, their places in a batch and the crop of each image are functions of the
 seed and of a position in the run. So the position of a pipeline is one number, the same for any
 number of workers and processes. A stopped run continues with the very next example.
 """
 
 import dataclasses
 import errno
-import functools
 import math
 import multiprocessing
 import os
@@ -239,7 +238,8 @@ def train_stream(
       seed: the seed of the order and of the crops.
       epochs: the number of epochs after which the stream ends.
       batch_size: examples per batch, over all processes.
-      sharding: the sharding of the batch over the devices. Each process reads its own share.
+      sharding: the sharding of the batch over the devices. Each process reads what its devices
+        need, in whatever way they share the batch with those of others.
       workers: the number of processes that decode; 0 decodes in threads of this process.
     """
     epoch_size = source.size // batch_size * batch_size
@@ -330,18 +330,29 @@ class NoiseStream:
         """Does nothing: there are no worker processes."""
 
 
+def rows_of_process(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+    """Returns the numbers of a batch's rows that this process reads, in ascending order.
+
+    These are the rows that are on its devices, of which other processes may have some too; and if
+    their number does not divide the size of the batch, as many others as are needed for that.
+    """
+    rows = np.arange(batch_size)
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    needed = np.unique(np.concatenate([rows[index] for index in indices]))
+    count = next(n for n in range(len(needed), batch_size + 1) if batch_size % n == 0)
+    others = np.setdiff1d(rows, needed)
+    return np.union1d(needed, others[: count - len(needed)])
+
+
 def host_batches(
-    examples: grain.MapDataset[Example],
-    batch_size: int,
-    shard: grain.sharding.ShardOptions,
-    workers: int,
+    examples: grain.MapDataset[Example], batch_size: int, rows: np.ndarray, workers: int
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """Returns one process's share of every batch, as arrays on the host.
 
     Args:
       examples: the examples of the run, in order.
       batch_size: examples per batch, over all processes.
-      shard: the index of this process, and the number of processes.
+      rows: the rows of each batch that this process reads, from :func:`rows_of_process`.
       workers: the number of processes that decode; 0 decodes in threads of this process.
     """
     # Grain's workers read absl flags, which have not been parsed.
@@ -350,10 +361,18 @@ def host_batches(
     # A worker makes one batch after another. Threads would only compete for its interpreter.
     threads = 0 if workers else _cores()
     processes = grain.multiprocessing.MultiprocessingOptions(workers) if workers else None
+    # Of so many examples, Grain's iterator reads the first.
+    stride = batch_size // len(rows)
+
+    def example(position: int) -> Example | None:
+        batch, place = divmod(position, batch_size)
+        return examples[batch * batch_size + int(rows[place // stride])]
+
     return grain.experimental.ElasticIterator(
-        examples,
+        grain.MapDataset.range(len(examples)).map(example),
         batch_size,
-        shard,
+        # Its position counts the examples of all processes, whichever of them this one reads.
+        grain.sharding.ShardOptions(shard_index=0, shard_count=stride),
         # Grain buffers whole batches here, not examples.
         read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
         multiprocessing_options=processes,
@@ -366,16 +385,20 @@ def _stream(
     sharding: jax.sharding.Sharding,
     workers: int,
 ) -> grain.DatasetIterator[Streamed]:
-    shard = grain.sharding.ShardOptions(jax.process_index(), jax.process_count())
-    place = functools.partial(jax.make_array_from_process_local_data, sharding)
+    rows = rows_of_process(sharding, batch_size)
+    numbers = np.arange(batch_size)
+
+    def place(local: np.ndarray) -> jax.Array:
+        # Copies, since a CPU device would keep using shared memory that Grain reuses.
+        part = lambda index: local[np.searchsorted(rows, numbers[index[0]])]
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
     def to_devices(host: dict[str, np.ndarray]) -> Streamed:
         unreadable = host["index"][(host["weight"] == 0) & (host["index"] != PADDING)]
-        # Copies, since a CPU device would keep using shared memory that Grain reuses.
-        arrays = (np.array(host[name]) for name in ("image", "label", "weight"))
+        arrays = (host[name] for name in ("image", "label", "weight"))
         return Streamed(Batch(*map(place, arrays)), np.array(unreadable))
 
-    on_devices = host_batches(examples, batch_size, shard, workers).map(to_devices)
+    on_devices = host_batches(examples, batch_size, rows, workers).map(to_devices)
     ready = grain.experimental.ThreadPrefetchIterDataset(
         on_devices, prefetch_buffer_size=DEVICE_BATCHES
     )

@@ -282,7 +282,9 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
     on_host = multihost.count_alike(host)
     on_cores = multihost.count_alike(host, streaming.affinity())
     workers = streaming.default_workers(on_cores) if config.workers is None else config.workers
-    multihost.in_every(lambda: _check_shared_memory(config, workers, on_host))
+    shares = (streaming.rows_of_process(split, n) for n in (config.train_bs, config.test_bs))
+    images = on_host * sum(map(len, shares))
+    multihost.in_every(lambda: _check_shared_memory(config, workers, images))
     train = streaming.train_stream(
         config.spec,
         data.train,
@@ -298,17 +300,16 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
     return train, evaluation
 
 
-def _check_shared_memory(config: TrainConfig, workers: int, processes: int) -> None:
+def _check_shared_memory(config: TrainConfig, workers: int, images: int) -> None:
     """Raises ConfigError if the batches of all workers on this host do not fit into its memory.
 
     Args:
       config: the config of the run.
       workers: how many workers each stream of each process has.
-      processes: how many processes of the run are on this host.
+      images: how many images the processes on this host read of two batches, one of each stream.
     """
     from input_pipeline.streaming import SHARED_BATCHES
 
-    images = (config.train_bs + config.test_bs) * processes // jax.process_count()
     needed = SHARED_BATCHES * workers * images * math.prod(config.spec.image_shape)
     free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
     if needed > free:

@@ -134,24 +134,50 @@ def test_a_stream_goes_on_with_the_very_next_example(train_stream, tmp_path, bef
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_processes_partition_every_batch(count):
+def test_processes_read_the_rows_of_every_batch(count):
     source = memory(TRAIN)
     batch_size, epoch_size = 10, 20
     order = grain.MapDataset.range(TRAIN).shuffle(seed=0)[:epoch_size].repeat(2)
     examples = order.map_with_index(streaming.TrainExamples(source, 0, epoch_size, SIDE))
-    shards = [
-        list(streaming.host_batches(examples, batch_size, grain.sharding.ShardOptions(i, count), 0))
-        for i in range(count)
-    ]
-    alone = grain.sharding.ShardOptions(0, 1)
-    whole = list(streaming.host_batches(examples, batch_size, alone, 0))
-    for parts, batch in zip(zip(*shards, strict=True), whole, strict=True):
-        together = np.concatenate([part["index"] for part in parts])
-        assert sorted(together) == sorted(batch["index"])
-        # The images too are those of one process.
-        for part in parts:
-            for image, index in zip(part["image"], part["index"], strict=True):
-                np.testing.assert_array_equal(image, batch["image"][batch["index"] == index][0])
+    read = lambda rows: iter(streaming.host_batches(examples, batch_size, rows, 0))
+    every = np.arange(batch_size)
+    whole = list(read(every))
+    assert len(whole) == 4
+    # Neighbours, or rows apart, as a mesh may have them.
+    for rows in [*np.split(every, count), every[::count]]:
+        iterator = read(rows)
+        for number, batch in enumerate(whole, start=1):
+            part = next(iterator)
+            for name, array in batch.items():
+                np.testing.assert_array_equal(part[name], array[rows])
+            # The position is that of a process that reads all of them.
+            assert iterator.get_state() == {"global_next_index": number * batch_size}
+
+
+class OnDevices:
+    """A sharding as a process sees it whose devices hold these rows."""
+
+    def __init__(self, *rows):
+        self._rows = rows
+
+    def addressable_devices_indices_map(self, shape):
+        assert len(shape) == 1
+        return {device: (part,) for device, part in enumerate(self._rows)}
+
+
+@pytest.mark.parametrize(
+    ("on_devices", "rows"),
+    [
+        ([slice(None)], range(12)),
+        ([slice(0, 3), slice(3, 6)], range(6)),
+        ([slice(6, 9), slice(6, 9), slice(0, 3)], [0, 1, 2, 6, 7, 8]),
+        # Eight do not divide twelve.
+        ([slice(4, 8), slice(8, 12)], range(12)),
+        ([slice(1, 6)], range(6)),
+    ],
+)
+def test_a_process_reads_the_rows_on_its_devices(on_devices, rows):
+    assert streaming.rows_of_process(OnDevices(*on_devices), 12).tolist() == list(rows)
 
 
 def test_each_epoch_sees_another_window():

@@ -67,7 +67,8 @@ class Layout(NamedTuple):
 # All pairs: two or three processes, one device each or several, resident or streamed.
 LAYOUTS = [
     pytest.param(Layout(2, 1, False, "fsdp=2"), id="2x1-resident"),
-    pytest.param(Layout(2, 4, True, "data=2,fsdp=4"), id="2x4-streamed"),
+    # The third of a batch in the middle is on devices of both.
+    pytest.param(Layout(2, 3, True, "fsdp=3,model=2"), id="2x3-streamed"),
     pytest.param(Layout(3, 1, True, "data=3"), id="3x1-streamed"),
     pytest.param(Layout(3, 2, False, "data=3,fsdp=2"), id="3x2-resident"),
 ]
