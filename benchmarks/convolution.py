@@ -38,7 +38,6 @@ from models import cpu_convolution
 from models.cpu_convolution import FORMS, Window, form_of
 from training import run, sharding
 from training.config import TrainConfig
-from training.step import LOSSES, train_step
 
 # Side of the map, inputs, outputs, side of the kernel, stride.
 LAYERS = (
@@ -181,11 +180,10 @@ def compiled_step(arch: str, batch_size: int, form: Callable[..., str]) -> tuple
         plan.create_train_state(),
         Batch(images, jnp.arange(batch_size) % config.spec.num_classes, jnp.ones(batch_size)),
     )
-    step = functools.partial(train_step, plan.graphdef, plan.tx, LOSSES[config.loss])
     # The form is chosen while a program is lowered, and what is lowered is kept.
     jax.clear_caches()
     with mock.patch.object(cpu_convolution, "form_of", form):
-        program = jax.jit(step).lower(*arguments).compile()
+        program = jax.jit(plan.train_step).lower(*arguments).compile()
     jax.block_until_ready(program(*arguments))
     return program, arguments
 

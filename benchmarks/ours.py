@@ -1,7 +1,6 @@
 """A run of this project, as what `epoch.py` and `memory.py` measure."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 from input_pipeline.batch import Batch
 from training import run, sharding
 from training.config import TrainConfig
-from training.step import LOSSES, train_step
 
 
 class Ours:
@@ -34,8 +32,7 @@ class Ours:
         self.spec, self.data = config.spec, run.load_data(config)
         self.feed = run.make_feed(plan, self.data)
         self.state = self.feed.compile(plan.create_train_state())
-        step = functools.partial(train_step, plan.graphdef, plan.tx, LOSSES[config.loss])
-        self._step = jax.jit(step, donate_argnums=0)
+        self._step = jax.jit(plan.train_step, donate_argnums=0)
 
     def train(self, steps: int) -> None:
         """Takes steps of the run, as many as an epoch has or fewer."""

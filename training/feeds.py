@@ -257,6 +257,51 @@ def _unfinished(state: TrainState, sums: TrainMetrics, stop: jax.typing.ArrayLik
     return (state.step < stop) & metrics.finite(sums)
 
 
+def streamed_step(
+    spec: DatasetSpec,
+    train_step: TrainStep,
+    dtype: jax.typing.DTypeLike,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> jax.stages.Wrapped:
+    """Returns the program of a training step on a batch that was streamed.
+
+    Args:
+      spec: the spec of the data set.
+      train_step: the function in :mod:`training.step`, without its static arguments.
+      dtype: the dtype of the images that the network is given, and of the metrics.
+      mesh: the mesh of the devices, which share each batch.
+      shardings: the shardings of the state.
+
+    Returns:
+      ``(state, sums, batch) -> (state, sums)``, compiled when it is called. The state is donated.
+    """
+
+    def step(
+        state: TrainState, sums: TrainMetrics, batch: Batch
+    ) -> tuple[TrainState, TrainMetrics]:
+        state, measured = train_step(state, _prepared(spec, batch, dtype))
+        return state, metrics.add_train(sums, measured)
+
+    out_shardings = (shardings, sharding.replicated(mesh))
+    program: jax.stages.Wrapped = jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    return program
+
+
+def abstract_batch(spec: DatasetSpec, size: int, over_batch: jax.sharding.Sharding) -> Batch:
+    """Returns the shapes of a batch that was streamed, with their sharding."""
+
+    def like(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=over_batch)
+
+    return Batch(like(spec.image_shape, jnp.uint8), like((), jnp.int32), like((), jnp.float32))
+
+
+def _prepared(spec: DatasetSpec, batch: Batch, dtype: jax.typing.DTypeLike) -> Batch:
+    images = normalise(spec, batch.images, dtype)
+    return Batch(images, batch.labels, batch.weights.astype(dtype))
+
+
 class StreamedFeed(_OnMesh):
     """Trains and evaluates on batches that arrive while the previous step is taken.
 
@@ -300,31 +345,21 @@ class StreamedFeed(_OnMesh):
         self._train, self._test = train, test
         self._batch_sizes = train_bs, test_bs
         super().__init__(mesh, dtype)
-        everywhere = self._everywhere
         self._steps_taken = 0
         self._reported: set[str] = set()
-
-        def prepared(batch: Batch) -> Batch:
-            images = normalise(spec, batch.images, dtype)
-            return Batch(images, batch.labels, batch.weights.astype(dtype))
-
-        def step(
-            state: TrainState, sums: TrainMetrics, batch: Batch
-        ) -> tuple[TrainState, TrainMetrics]:
-            state, measured = train_step(state, prepared(batch))
-            return state, metrics.add_train(sums, measured)
+        self._step: Any = streamed_step(spec, train_step, dtype, mesh, shardings)
 
         def score(state: TrainState, sums: Metrics, batch: Batch) -> Metrics:
-            return metrics.add(sums, eval_step(state, prepared(batch)))
+            return metrics.add(sums, eval_step(state, _prepared(spec, batch, dtype)))
 
-        self._step: Any = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-        self._score: Any = jax.jit(score, out_shardings=everywhere)
+        self._score: Any = jax.jit(score, out_shardings=self._everywhere)
 
     def compile(self, state: TrainState) -> TrainState:
         """Compiles both programs while the first batches are being decoded."""
         self._train.start_prefetch()
         self._test.start_prefetch()
-        train, test = (self._abstract_batch(size) for size in self._batch_sizes)
+        like = lambda size: abstract_batch(self._spec, size, self._over_batch)
+        train, test = map(like, self._batch_sizes)
         self._step = self._step.lower(state, self._zero_metrics, train).compile()
         self._score = self._score.lower(state, self._zero_eval_metrics, test).compile()
         ready: TrainState = jax.block_until_ready(state)
@@ -376,13 +411,6 @@ class StreamedFeed(_OnMesh):
         self._test.close()
         # Frames of finished threads hold Grain's shared memory in reference cycles.
         gc.collect()
-
-    def _abstract_batch(self, size: int) -> Batch:
-        def like(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
-            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=self._over_batch)
-
-        images = like(self._spec.image_shape, jnp.uint8)
-        return Batch(images, like((), jnp.int32), like((), jnp.float32))
 
     def _report(self, source: Source, unreadable: np.ndarray) -> None:
         """Logs the name of each image that could not be read, once."""

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,13 @@ from training.checkpoints import reading
 from training.checkpoints.saving import Saver, Snapshot
 from training.config import IDENTITY, OWN, TrainConfig
 from training.errors import ConfigError
-from training.feeds import Feed, ResidentFeed, StreamedFeed
+from training.feeds import EvalStep, Feed, ResidentFeed, StreamedFeed, TrainStep
 from training.records import EpochRecord
 from training.reporting import console
 from training.reporting.console import EvalResult
 from training.reporting.reporter import Reporter, SilentReporter
 from training.state import Graph, TrainState
-from training.step import LOSSES
+from training.step import LOSSES, Loss
 
 if TYPE_CHECKING:
     from input_pipeline.streaming import Sources, Stream
@@ -81,6 +81,26 @@ class Plan(NamedTuple):
         """Where each array of the state is."""
         shardings: TrainState = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         return shardings
+
+    @property
+    def train_step(self) -> TrainStep:
+        """A training step, as a function of the state and a batch alone."""
+        return functools.partial(step.train_step, self.graphdef, self.tx, self._loss)
+
+    @property
+    def eval_step(self) -> EvalStep:
+        """An evaluation step, likewise."""
+        return functools.partial(step.eval_step, self.graphdef, self._loss)
+
+    @property
+    def dtype(self) -> jax.typing.DTypeLike:
+        """The dtype of images, losses and metrics."""
+        dtype: jax.typing.DTypeLike = state.DTYPES[self.config.precision][1]
+        return dtype
+
+    @property
+    def _loss(self) -> Loss:
+        return LOSSES[self.config.loss or self.config.spec.loss]
 
     def create_train_state(self) -> TrainState:
         """Makes the state that training starts from, on the mesh."""
@@ -247,13 +267,12 @@ def _load(config: TrainConfig) -> "Arrays | Sources":
 def make_feed(plan: Plan, data: "Arrays | Sources") -> Feed:
     """Puts the data on the devices, or on their way, and builds the programs that use them."""
     config = plan.config
-    loss = LOSSES[config.loss or config.spec.loss]
-    common = {
-        "train_step": functools.partial(step.train_step, plan.graphdef, plan.tx, loss),
-        "eval_step": functools.partial(step.eval_step, plan.graphdef, loss),
+    common: dict[str, Any] = {
+        "train_step": plan.train_step,
+        "eval_step": plan.eval_step,
         "train_bs": config.train_bs,
         "test_bs": config.test_bs,
-        "dtype": state.DTYPES[config.precision][1],
+        "dtype": plan.dtype,
         "mesh": plan.mesh,
         "shardings": plan.shardings,
     }
