@@ -8,22 +8,15 @@ the same with plain gradient descent in the place of AGD, which shows what AGD a
 """
 
 import dataclasses
-import functools
 import json
-import math
 import os
-import re
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "s64": 8, "u8": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +71,14 @@ def collectives_of_step(
     Returns:
       For each kind of collective, how many there are and the bytes of their results on a device.
     """
-    import jax
-    import jax.numpy as jnp
     import optax
 
     import agd_jax
-    from input_pipeline.batch import Batch
+    from benchmarks import collectives
+    from benchmarks.compile_ahead import lower_step
     from models import cpu_convolution
-    from training import run, sharding
+    from training import sharding
     from training.config import TrainConfig
-    from training.step import LOSSES, train_step
 
     # The virtual devices stand for accelerators, which are given no other form.
     cpu_convolution.form_of = lambda *_: "native"
@@ -99,7 +90,6 @@ def collectives_of_step(
         test_bs=batch_size,
         mesh=mesh,
     ).resolved()
-    devices = sharding.make_mesh(config)
 
     def sgd_like_agd():
         """Plain gradient descent, with a state of AGD's form for the step to read."""
@@ -107,30 +97,10 @@ def collectives_of_step(
         update = lambda grads, _, params: (tx.update(grads, tx.init(params))[0], state)
         return optax.GradientTransformation(lambda params: state, update)
 
+    devices = sharding.make_mesh(config)
     tx = agd_jax.agd() if optimiser == "agd" else sgd_like_agd()
-    plan = run.make_plan(config, devices)
-    graphdef, state = plan.graphdef, plan.abstract_state
-    like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(devices))
-    batch = Batch(
-        like((batch_size, image_size, image_size, 3), jnp.float32),
-        like((batch_size,), jnp.int32),
-        like((batch_size,), jnp.float32),
-    )
-    step = functools.partial(train_step, graphdef, tx, LOSSES["xent"])
-    out = (sharding.of_state(devices, state), sharding.replicated(devices))
-    program = jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
-    return count_collectives(program.as_text())
-
-
-def count_collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Counts the collectives in the text of a compiled program, and the bytes they result in."""
-    counts, sizes = defaultdict(int), defaultdict(int)
-    pattern = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
-    for result, name in pattern.findall(hlo):
-        counts[name] += 1
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            sizes[name] += BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
-    return {name: (counts[name], sizes[name]) for name in counts}
+    program = lower_step(config, devices, tx).compile()
+    return collectives.count(collectives.of_program(program.as_text(), devices.size))
 
 
 if __name__ == "__main__":

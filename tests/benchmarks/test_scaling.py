@@ -2,21 +2,6 @@ import pytest
 
 from benchmarks import scaling
 
-HLO = """
-  %all-reduce.1 = f32[64,10]{1,0} all-reduce(f32[64,10]{1,0} %dot), channel_id=1
-  %all-reduce.2 = (f32[8]{0}, bf16[2,3]{1,0}) all-reduce(f32[8]{0} %a, bf16[2,3]{1,0} %b)
-  %all-gather.1 = f32[3,3,64]{2,1,0} all-gather(f32[3,3,8]{2,1,0} %c), dimensions={2}
-  %norm = f32[] all-reduce-start(f32[] %d), to_apply=%add
-  ROOT %add = f32[64,10]{1,0} add(f32[64,10]{1,0} %all-reduce.1, f32[64,10]{1,0} %e)
-"""
-
-
-def test_collectives_are_counted_with_the_bytes_they_result_in():
-    assert scaling.count_collectives(HLO) == {
-        "all-reduce": (3, 4 * 640 + 4 * 8 + 2 * 6 + 4),
-        "all-gather": (1, 4 * 576),
-    }
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
