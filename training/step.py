@@ -41,13 +41,14 @@ def train_step(
         model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
         model.train()
         logits, losses = _losses(model, loss, batch)
-        mean = jnp.mean(batch.weights * losses) * (
-            losses.size / jnp.maximum(1, jnp.sum(batch.weights))
-        )
+        mean = jnp.mean(batch.weights * losses)
         return mean, (logits, losses, nnx.state(model, nnx.BatchStat))
 
     gradient = jax.grad(objective, has_aux=True)
     grads, (logits, losses, batch_stats) = gradient(state.params)
+    # After the backward pass, which would else wait until devices have summed the weights.
+    factor = batch.weights.size / jnp.maximum(1, jnp.sum(batch.weights))
+    grads = jax.tree.map(lambda g: factor * g, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 

@@ -20,3 +20,14 @@ def test_agd_sends_nothing_but_norms(axis):
         assert (count, size) == (sgd_count, sgd_size)
         # All that there is to send: the gradients, and BatchNorm's averages.
         assert size == pytest.approx(4 * 11_678_912, rel=0.01)
+
+
+@pytest.mark.slow
+def test_without_batch_norm_a_step_sends_once():
+    options = scaling.Options(arch="fcn", image_size=16, batch=4)
+    # 768 x 256, 8 of 256 x 256 and 256 x 1000 parameters; sums of examples, losses and hits.
+    size = 4 * (768 * 256 + 8 * 256**2 + 256 * 1000 + 3)
+    found = scaling.in_new_process(options, "data=2", 2, "agd")
+    assert found.keys() == {"all-reduce"}
+    assert found["all-reduce"][0] == 1
+    assert found["all-reduce"][1] == pytest.approx(size, abs=32)
