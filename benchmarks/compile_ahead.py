@@ -77,12 +77,14 @@ class Report(NamedTuple):
       flops: operations.
       moved: bytes in and out of its memory.
       collectives: of the program, as :func:`~benchmarks.collectives.of_program` has them.
+      loops: how many loops it has, of which XLA counts one round in ``flops`` and ``moved``.
     """
 
     memory: int
     flops: float
     moved: float
     collectives: list[Collective]
+    loops: int
 
 
 def main() -> int:
@@ -186,8 +188,9 @@ def compile_step(config: TrainConfig, devices: Sequence, peer: bool = False) -> 
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    found = of_program(program.as_text(), len(devices))
-    return Report(used, cost["flops"], cost["bytes accessed"], found)
+    text = program.as_text()
+    found, loops = of_program(text, len(devices)), text.count(" while(")
+    return Report(used, cost["flops"], cost["bytes accessed"], found, loops)
 
 
 def lower_step(config: TrainConfig, mesh, tx=None):
@@ -262,6 +265,8 @@ def print_report(options: Options, chip: Chip, devices: Sequence, report: Report
         ("sent", f"{sent / 1e6:.2f} MB, {ms['interconnect']}"),
         ("at least", f"{ms[longest]} a step, bound by {longest}: {images:,.0f} images a second"),
     ]
+    if report.loops:
+        lines.append(("loops", f"{report.loops}, counted once in arithmetic and moved"))
     for name, value in lines:
         print(f"{name:18s}  {value}")
 

@@ -42,7 +42,7 @@ def test_the_time_is_that_of_what_takes_longest(capsys):
     config = TrainConfig(train_bs=1024)
     # A second of a v5e's arithmetic, two of its memory, half a second of its interconnect.
     sent = [compile_ahead.Collective("all-reduce", 10**9, 2, 100)]
-    report = compile_ahead.Report(8 * 10**9, 197e12, 2 * 819e9, sent)
+    report = compile_ahead.Report(8 * 10**9, 197e12, 2 * 819e9, sent, 3)
     device = type("Device", (), {"device_kind": "TPU v5 lite"})
     options = compile_ahead.Options(config, "v5e:1x2")
     compile_ahead.print_report(options, compile_ahead.CHIPS["v5e"], [device] * 2, report)
@@ -54,6 +54,7 @@ def test_the_time_is_that_of_what_takes_longest(capsys):
         ["all-reduce", "100, 100000.00 MB"],
         ["sent", "100000.00 MB, 500.00 ms"],
         ["at least", "2000.00 ms a step, bound by memory: 512 images a second"],
+        ["loops", "3, counted once in arithmetic and moved"],
     ]
 
 
