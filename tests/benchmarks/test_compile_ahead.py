@@ -87,8 +87,8 @@ def test_a_step_is_compiled_for_tpus():
         ("--topology v5e:2x2 --mesh data=3", "--mesh data=3: takes 3 devices; make"),
         ("--topology v5e:2x2 --peer", "--peer: is resnet50 on imagenet"),
         (
-            f"{SMALL} --width 65536",
-            "--train_bs 65536: does not fit into the memory of 4 x TPU v5 lite: ",
+            "--topology v5e:2x2 --depth 4 --width 65536",
+            "--train_bs 128: does not fit into the memory of 4 x TPU v5 lite: ",
         ),
     ],
 )
