@@ -123,7 +123,7 @@ def find_devices(topology: str) -> Sequence:
       ConfigError: if libtpu is missing, or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("libtpu is missing, which compiles for TPUs: pip install -U 'jax[tpu]'")
+        raise ConfigError("libtpu is missing, which compiles for TPUs: pip install 'jax[tpu]'")
     # There is no TPU that two processes could fight over, and none to ask what it is.
     for name, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

@@ -34,7 +34,7 @@ def test_topologies_that_are_not_known_are_refused(topology):
 
 def test_a_missing_libtpu_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"^libtpu is missing.*: pip install -U 'jax\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"^libtpu is missing.*: pip install 'jax\[tpu\]'"):
         compile_ahead.find_devices("v5e:2x2")
 
 
