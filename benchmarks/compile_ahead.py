@@ -4,10 +4,11 @@
         --train_bs 2048 --precision bf16
 
 takes the flags of ``train.py``, and prints what XLA says of the program: the memory of a device,
-its arithmetic, the bytes that move in and out of its memory, each kind of collective, and how long
-these take at the peak rates of that device. What does not fit is refused. No data is read: images
-of any data set are an argument of the program, as those of ``imagenet`` are in training. ``--peer``
-compiles the same step of `linen_peer.py` instead.
+its arithmetic, the bytes that its operations read and write, each kind of collective, and how long
+these take at the peak rates of that device. Some of the bytes stay on the chip, so that the time of
+memory is an estimate from above. What does not fit is refused. No data is read: images of any data
+set are an argument of the program, as those of ``imagenet`` are in training. ``--peer`` compiles
+the same step of `linen_peer.py` instead.
 
 It needs ``libtpu``, of JAX's extra ``tpu``, and no TPU.
 """
@@ -75,7 +76,7 @@ class Report(NamedTuple):
     Attributes:
       memory: bytes that are in use at once.
       flops: operations.
-      moved: bytes in and out of its memory.
+      moved: bytes that operations read and write, in its memory and on the chip.
       collectives: of the program, as :func:`~benchmarks.collectives.of_program` has them.
       loops: how many loops it has, of which XLA counts one round in ``flops`` and ``moved``.
     """
@@ -263,7 +264,7 @@ def print_report(options: Options, chip: Chip, devices: Sequence, report: Report
         ("moved", f"{report.moved / 1e9:.2f} GB, {ms['memory']}"),
         *((kind, f"{n}, {size / 1e6:.2f} MB") for kind, (n, size) in sorted(counts.items())),
         ("sent", f"{sent / 1e6:.2f} MB, {ms['interconnect']}"),
-        ("at least", f"{ms[longest]} a step, bound by {longest}: {images:,.0f} images a second"),
+        ("roofline", f"{ms[longest]} a step, bound by {longest}: {images:,.0f} images a second"),
     ]
     if report.loops:
         lines.append(("loops", f"{report.loops}, counted once in arithmetic and moved"))
