@@ -60,9 +60,8 @@ class PostActivationBlock(nnx.Module):
         self.norms = nnx.List(BatchNorm(c.out_features, group=group, **types) for c in self.convs)
         d_out = self.convs[-1].out_features
         self.shortcut = _shortcut(d_in, d_out, stride, types)
-        self.shortcut_norm = None
-        if self.shortcut is not None:
-            self.shortcut_norm = BatchNorm(d_out, group=group, **types)
+        norm = None if self.shortcut is None else BatchNorm(d_out, group=group, **types)
+        self.shortcut_norm = norm
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(batch, height, width, d_in)`` to ``(batch, height', width', d_out)``."""
