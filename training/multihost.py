@@ -4,6 +4,7 @@ All processes run the same program on the same config, each with some of the dev
 primary, speaks and writes for all of them. Whoever waits for another does so in here, or in a step.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import jax
@@ -20,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.errors import DataError
+from training import workdir
 from training.config import TrainConfig
 from training.errors import ConfigError
 
@@ -236,6 +239,16 @@ def check_same(collect: Callable[[], dict[str, Any]]) -> None:
                 f"{name}: {every[number][name]} in process {number} and {every[0][name]} in "
                 "process 0; all need the same"
             )
+
+
+def check_shared(folder: Path) -> None:
+    """Raises ConfigError in every process if one of them does not see process 0's folder."""
+    if jax.process_count() == 1:
+        return
+    with contextlib.ExitStack() as stack:
+        leave = lambda: stack.enter_context(workdir.token(folder))
+        name = broadcast_from_primary(leave)
+        in_every(lambda: workdir.find_token(folder, name))
 
 
 def in_every(call: Callable[[], T]) -> T:

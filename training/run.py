@@ -125,8 +125,11 @@ def train(config: TrainConfig) -> Result:
         plan = enter(planned(config))
         data = load_data(config)
         _check_batch_fits(config, data)
-        hold = lambda: enter(workdir.held(folder, config.restart))
-        aside = multihost.broadcast_from_primary(hold)
+        hold = lambda: enter(workdir.held(folder)) or ""  # Only process 0.
+        multihost.broadcast_from_primary(hold)
+        multihost.check_shared(folder)
+        set_aside = lambda: workdir.set_aside(folder, config.restart)
+        aside = multihost.broadcast_from_primary(set_aside)
         saver = enter(Saver(folder, config, (data.train.size, data.test.size), data.classes))
         feed = enter(contextlib.closing(make_feed(plan, data)))
         saved = saver.restore(plan.abstract_state, feed.zero_metrics())
@@ -161,7 +164,10 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
     start(given)
     assert given.workdir is not None  # As to_evaluate has checked.
     folder = given.workdir.expanduser()
-    config = _merged(given, reading.saved_config(folder))
+    step, run = multihost.in_every(lambda: reading.last_run(folder))
+    found = f"{step}, fingerprint {run.fingerprint()}"
+    multihost.check_same(lambda: {"last checkpoint of --workdir": found})
+    config = _merged(given, run.resolved_config())
     with planned(config) as plan:
         data = load_data(config)
         with contextlib.closing(make_feed(plan, data)) as feed:

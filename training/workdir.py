@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import os
+import secrets
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ CURVES_FILE = "curves.png"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 EARLIER = "earlier"
+
+# A network's file system may show a new file a moment late.
+SEEN_SECONDS = 10
 
 
 def choose(config: TrainConfig) -> Path:
@@ -54,18 +59,8 @@ def unused(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def held(path: Path, restart: bool) -> Iterator[str]:
+def held(path: Path) -> Iterator[None]:
     """Creates the folder, and locks it against other runs.
-
-    The files of an earlier run are moved into a subfolder of their own if ``restart`` is set, or if
-    that run recorded epochs but left no checkpoint to resume from.
-
-    Args:
-      path: the path of the folder.
-      restart: whether to start from the beginning.
-
-    Yields:
-      The folder that the earlier run's files were moved to, or an empty string.
 
     Raises:
       ConfigError: if another run is using the folder, or it cannot be created.
@@ -82,19 +77,55 @@ def held(path: Path, restart: bool) -> Iterator[str]:
     except OSError as error:
         raise ConfigError(f"--workdir {path}: {error.strerror}") from error
     try:
-        yield _set_aside(path) if restart or _has_only_metrics(path) else ""
+        yield
     finally:
         lock.release()
 
 
-def _has_only_metrics(path: Path) -> bool:
-    file = path / METRICS_FILE
-    has_epochs = file.exists() and file.stat().st_size > 0
-    saved = (p for p in path.glob(f"{CHECKPOINTS}/*") if p.name.isdigit())
-    return has_epochs and not any(saved)
+@contextlib.contextmanager
+def token(path: Path) -> Iterator[str]:
+    """Leaves a file in the folder for as long as others look for it by :func:`find_token`.
+
+    Yields:
+      The name of the file, which no other has ever had.
+
+    Raises:
+      ConfigError: if it cannot be written.
+    """
+    file = path / f".token-{secrets.token_hex(8)}"
+    try:
+        file.touch()
+    except OSError as error:
+        raise ConfigError(f"--workdir {path}: {error.strerror}") from error
+    try:
+        yield file.name
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
-def _set_aside(path: Path) -> str:
+def find_token(path: Path, name: str) -> None:
+    """Raises ConfigError if this process does not find in the folder what process 0 left there."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (path / name).exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--workdir {path}: on {socket.gethostname()} this is not the folder that process "
+                "0 writes in; give one that all processes share"
+            )
+        time.sleep(0.1)
+
+
+def set_aside(path: Path, restart: bool) -> str:
+    """Moves an earlier run's files into a subfolder of their own, if this run does not resume it.
+
+    It does not if ``restart`` is set, or if that run recorded epochs but left no checkpoint.
+
+    Returns:
+      The folder that they were moved to, or an empty string.
+    """
+    if not (restart or _has_only_metrics(path)):
+        return ""
     names = (CONFIG_FILE, METRICS_FILE, CURVES_FILE, CHECKPOINTS, "events.out.tfevents.*")
     left = [found for name in names for found in path.glob(name)]
     if not left:
@@ -104,3 +135,10 @@ def _set_aside(path: Path) -> str:
     for file in left:
         file.rename(aside / file.name)
     return os.fspath(aside)
+
+
+def _has_only_metrics(path: Path) -> bool:
+    file = path / METRICS_FILE
+    has_epochs = file.exists() and file.stat().st_size > 0
+    saved = (p for p in path.glob(f"{CHECKPOINTS}/*") if p.name.isdigit())
+    return has_epochs and not any(saved)

@@ -75,9 +75,9 @@ LAYOUTS = [
 everywhere = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def train(devices, *flags):
+def train(devices, *flags, cwd=None):
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return start(ROOT / "train.py", *FLAGS.split(), *flags, env=env)
+    return start(ROOT / "train.py", *FLAGS.split(), *flags, env=env, cwd=cwd)
 
 
 ON_CORES = """
@@ -276,10 +276,56 @@ def test_processes_that_have_different_data_say_so(tmp_path, damage, message):
 @pytest.mark.usefixtures("one_at_a_time")
 @everywhere
 def test_what_the_first_process_refuses_ends_all(tmp_path, layout):
-    with workdir.held(tmp_path, restart=False):
+    with workdir.held(tmp_path):
         for _, err, code in layout.run("--workdir", tmp_path):
             assert code == 2
             assert f"error: --workdir {tmp_path}: another run is using it" in err
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """A folder for each of two processes, as hosts have that share no file system."""
+    folders = [tmp_path / f"host{i}" for i in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
+def test_a_workdir_that_not_all_see_ends_all_before_they_train(hosts):
+    """The same name in every process, as a relative one has in other folders."""
+    (run := hosts[0] / "run").mkdir()
+    (run / "metrics.jsonl").write_text("an earlier run's")
+    layout = Layout(2, 1, streamed=False, mesh="data=2")
+    commands = layout.commands("--workdir", "run", "--restart")
+    started = [train(1, *own, cwd=host) for own, host in zip(commands, hosts, strict=True)]
+    all_refuse(
+        map(finish, started), r"(process 1: )?--workdir run: on \S+ this is not the folder .*"
+    )
+    assert {p.name for p in run.iterdir()} == {".lock", "metrics.jsonl"}
+    assert not any(hosts[1].iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_at_a_time")
+def test_what_not_all_see_is_not_evaluated(hosts):
+    layout = Layout(2, 1, streamed=False, mesh="data=2")
+
+    def evaluate():
+        commands = layout.commands("--workdir", "run", "--eval_only")
+        started = [train(1, *own, cwd=host) for own, host in zip(commands, hosts, strict=True)]
+        return map(finish, started)
+
+    for seed, (host, message) in enumerate(
+        [
+            (hosts[0], r"(process 1: )?run: holds no checkpoint"),
+            (hosts[1], "last checkpoint of --workdir: .* in process 1 and .*; all need the same"),
+        ]
+    ):
+        _, err, code = finish(train(1, "--workdir", host / "run", "--seed", seed))
+        assert code == 0, err
+        all_refuse(evaluate(), message)
 
 
 @pytest.mark.slow

@@ -23,15 +23,26 @@ def test_choosing_makes_nothing(tmp_path):
 
 def test_a_second_run_is_kept_out_until_the_first_has_ended(tmp_path):
     folder = tmp_path / "a" / "b"
-    with workdir.held(folder, restart=False) as aside:
-        assert aside == ""
-        with (
-            pytest.raises(ConfigError, match=r"--workdir .*: another run is using it"),
-            workdir.held(folder, restart=True),
-        ):
-            pass
-    with workdir.held(folder, restart=False):
+    with (
+        workdir.held(folder),
+        pytest.raises(ConfigError, match=r"--workdir .*: another run is using it"),
+        workdir.held(folder),
+    ):
         pass
+    with workdir.held(folder):
+        pass
+
+
+def test_a_token_is_found_where_it_is_left_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "SEEN_SECONDS", 0.2)
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for folder in (ours, other):
+        folder.mkdir()
+    with workdir.token(ours) as name:
+        workdir.find_token(ours, name)
+        with pytest.raises(ConfigError, match=rf"--workdir {other}: on \S+ this is not the folder"):
+            workdir.find_token(other, name)
+    assert not list(ours.iterdir())
 
 
 def leave_run(folder, checkpoint):
@@ -45,29 +56,28 @@ def leave_run(folder, checkpoint):
 
 def test_beginning_afresh_sets_the_earlier_run_aside_and_nothing_else(tmp_path):
     leave_run(tmp_path, checkpoint=True)
-    with workdir.held(tmp_path, restart=True) as aside:
-        pass
-    assert {p.name for p in tmp_path.iterdir()} == {"mine.txt", ".lock", os.path.basename(aside)}
+    aside = workdir.set_aside(tmp_path, restart=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.txt", os.path.basename(aside)}
     expected = {"config.json", "metrics.jsonl", "curves.png", "events.out.tfevents.1"}
     assert set(os.listdir(aside)) == expected | {"checkpoints"}
     # Once more, within the same second.
     leave_run(tmp_path, checkpoint=False)
-    with workdir.held(tmp_path, restart=True) as again:
-        assert again != aside
+    again = workdir.set_aside(tmp_path, restart=True)
+    assert again != aside
     assert set(os.listdir(again)) == expected
 
 
 def test_epochs_without_a_checkpoint_are_not_written_over(tmp_path):
     leave_run(tmp_path, checkpoint=False)
-    with workdir.held(tmp_path, restart=False) as aside:
-        assert os.path.exists(os.path.join(aside, "metrics.jsonl"))
+    aside = workdir.set_aside(tmp_path, restart=False)
+    assert os.path.exists(os.path.join(aside, "metrics.jsonl"))
 
 
 def test_a_run_with_a_checkpoint_stays(tmp_path):
     names = leave_run(tmp_path, checkpoint=True)
-    with workdir.held(tmp_path, restart=False) as aside:
-        assert aside == ""
-    assert {p.name for p in tmp_path.iterdir()} == {*names, ".lock", "checkpoints"}
+    aside = workdir.set_aside(tmp_path, restart=False)
+    assert aside == ""
+    assert {p.name for p in tmp_path.iterdir()} == {*names, "checkpoints"}
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import logging
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,17 +51,6 @@ T = TypeVar("T")
 Which = Literal["best", "last"]
 
 
-def saved_config(workdir: Path) -> TrainConfig:
-    """Returns the config of the run whose checkpoints are in a folder.
-
-    Raises:
-      ConfigError: if there are no checkpoints, or none can be read.
-    """
-    with reading(folder_of(workdir)) as reader:
-        _, (run, _) = _last(workdir, reader, {})
-    return run.resolved_config()
-
-
 @dataclass(frozen=True)
 class RunItem:
     """The item ``run`` of a checkpoint.
@@ -84,6 +75,10 @@ class RunItem:
         """Returns the fields by name, as JSON values."""
         return vars(self) | {"records": [record.to_json() for record in self.records]}
 
+    def fingerprint(self) -> int:
+        """Returns a number that the same checkpoint of another run would not have."""
+        return zlib.crc32(json.dumps(self.to_json()).encode())
+
     def resolved_config(self) -> TrainConfig:
         """Returns the resolved config of the run.
 
@@ -91,6 +86,17 @@ class RunItem:
           ConfigError: if the saved config is not valid.
         """
         return TrainConfig.from_json(self.config).resolved()
+
+
+def last_run(workdir: Path) -> tuple[int, RunItem]:
+    """Returns the step of the newest checkpoint that can be read, and its item ``run``.
+
+    Raises:
+      ConfigError: if there are no checkpoints, or none can be read.
+    """
+    with reading(folder_of(workdir)) as reader:
+        step, (run, _) = _last(workdir, reader, {})
+    return step, run
 
 
 # The result of one read: the item `run`, and the other items by name.
@@ -193,7 +199,8 @@ def load_all(workdir: str | os.PathLike[str], which: Which = "best") -> Trained:
     if which not in get_args(Which):
         raise ValueError(f"which={which!r}: choose from {', '.join(get_args(Which))}")
     workdir = Path(workdir).expanduser()
-    config = saved_config(workdir)
+    _, run = last_run(workdir)
+    config = run.resolved_config()
     with jax.enable_x64(config.precision == "f64"):
         graphdef, params, batch_stats = abstract_network(config)
         target = on_one_device({"params": params, "batch_stats": batch_stats})
