@@ -5,10 +5,10 @@ import io
 import itertools
 import os
 import sys
-from pathlib import Path
 from typing import TypeVar
 
 import tyro
+from etils import epath
 from tyro.constructors import PrimitiveConstructorSpec
 
 T = TypeVar("T")
@@ -65,17 +65,18 @@ def _in_one_line(box: str) -> str:
     return message + (f"; perhaps {meant[0]} was meant" if meant else "") + "; see --help"
 
 
-def _folder(words: list[str]) -> Path:
+def _folder(words: list[str]) -> epath.Path:
     if not words[0]:
         raise ValueError("an empty name is no folder")
-    return Path(words[0])
+    return epath.Path(words[0])
 
 
-# Reads a flag for a folder. An empty one, as from a variable that is not set, is an error.
+# Reads a flag for a folder, which may be in a bucket. An empty one, as from a variable that is not
+# set, is an error.
 FOLDER = PrimitiveConstructorSpec(
     nargs=1,
     metavar="DIR",
     instance_from_str=_folder,
-    is_instance=lambda value: isinstance(value, Path),
-    str_from_instance=lambda path: [str(path)],
+    is_instance=lambda value: isinstance(value, os.PathLike),
+    str_from_instance=lambda path: [os.fspath(path)],
 )

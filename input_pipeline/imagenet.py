@@ -69,7 +69,7 @@ class FolderSource:
         """Keeps the names.
 
         Args:
-          root: the folder of the split, which may be in a cloud.
+          root: the folder of the split, which may be in a bucket.
           names: the names of the files in each of its folders.
           classes: the label of each folder.
         """
@@ -113,6 +113,11 @@ def find(spec: DatasetSpec, data_dir: str | None = None) -> Sources:
     if data_dir is None:
         data_dir = os.environ.get(ENVIRONMENT_VARIABLE) or None
     root = prepared.data_path(data_dir)
+    with prepared.reading(root):
+        return _find(spec, root)
+
+
+def _find(spec: DatasetSpec, root: epath.Path) -> Sources:
     if (root / spec.tfds_name).is_dir():
         return _prepared(spec, root)
     if (root / "train").is_dir() and (root / "val").is_dir():

@@ -49,7 +49,7 @@ class Options:
     ] = None
     """Where to."""
     tars: Annotated[
-        Path | None, FOLDER, tyro.conf.arg(metavar="DIR", help_behavior_hint="(for imagenet)")
+        epath.Path | None, FOLDER, tyro.conf.arg(metavar="DIR", help_behavior_hint="(for imagenet)")
     ] = None
     """Where ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar are."""
 
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
         raise DataError(f"--tars {options.tars}: is for imagenet, not for {options.dataset}")
     folder = prepared.data_path(options.data_dir)
     if options.dataset == "imagenet":
-        prepare_imagenet(options.tars, folder)
+        prepare_imagenet(Path(options.tars) if options.tars else None, folder)
     else:
         from input_pipeline import resident
 

@@ -7,6 +7,7 @@ are read here. Images are handed over as PIL images, which TFDS encodes without 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from etils import epath
 
+from input_pipeline import cloud
 from input_pipeline.errors import DataError
 from input_pipeline.specs import DatasetSpec
 
@@ -37,19 +39,33 @@ Reader: TypeAlias = Callable[[dict[str, Path], "DatasetInfo"], dict[str, Example
 def data_path(data_dir: epath.PathLike | None = None) -> epath.Path:
     """Returns the folder of TFDS: ``data_dir``, ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
 
-    It may be in a cloud, ``gs://bucket/folder``, where TFDS and ArrayRecord read it.
+    It may be in a bucket, ``gs://bucket/folder``, where TFDS and ArrayRecord read it.
 
     Raises:
-      DataError: if the name is that of a file, or empty.
+      DataError: if the name is that of a file, or empty, or of a bucket that cannot be used.
     """
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if not data_dir:
         raise DataError("--data_dir: an empty name is no folder")
+    if reason := cloud.obstacle(data_dir):
+        raise DataError(f"--data_dir {data_dir}: {reason}")
     path = epath.Path(data_dir).expanduser()
     if os.path.isfile(path):
         raise DataError(f"--data_dir {path}: is a file; give a folder")
     return path
+
+
+@contextlib.contextmanager
+def reading(data_dir: epath.PathLike) -> Iterator[None]:
+    """Raises DataError for whatever the clients of a bucket raise, if the folder is in one."""
+    try:
+        with cloud.failing_as_files_do(data_dir):
+            yield
+    except OSError as error:
+        if not cloud.is_remote(data_dir):
+            raise
+        raise DataError(f"--data_dir {data_dir}: {error.strerror}") from error
 
 
 def check_available(spec: DatasetSpec, data_dir: epath.PathLike) -> None:
@@ -82,7 +98,7 @@ def prepared_builder(
 
     Args:
       spec: the data set.
-      data_dir: the folder of TFDS, which may be in a cloud.
+      data_dir: the folder of TFDS, which may be in a bucket.
       splits: the examples of each split; by default, those of the archives that TFDS downloads.
 
     Raises:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import prepared
+from input_pipeline import cloud, prepared
 from input_pipeline.batch import Batch, normalise
 from input_pipeline.errors import DataError
 from input_pipeline.specs import DatasetSpec
@@ -84,11 +84,13 @@ def load(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None = None) -> A
     if spec.loader == "digits":
         return _digits()
     folder = prepared.data_path(data_dir)
+    if cloud.is_remote(folder):
+        # A bucket has no locks, nor caches beside the data.
+        with prepared.reading(folder):
+            prepared.check_available(spec, folder)
+            builder = prepared.prepared_builder(spec, folder)
+            return Arrays(*_decode_all(spec, builder), _classes(builder))
     prepared.check_available(spec, folder)
-    if "://" in os.fspath(folder):
-        # A cloud folder has no locks, nor caches beside the data.
-        builder = prepared.prepared_builder(spec, folder)
-        return Arrays(*_decode_all(spec, builder), _classes(builder))
     # One process prepares and decodes. Others that start meanwhile wait and read its cache.
     with _lock(Path(folder) / f".{spec.tfds_name}.lock"):
         builder = prepared.prepared_builder(spec, folder)

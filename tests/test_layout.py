@@ -33,6 +33,7 @@ TRAINING = (
 )
 INPUT_PIPELINE = (
     "errors",
+    "cloud",
     "command_line",
     "specs",
     "batch",

@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from etils import epath
 
+from input_pipeline import cloud
 from input_pipeline.command_line import FOLDER
 from input_pipeline.specs import SPECS, DatasetSpec
 from models import ARCHITECTURES
@@ -89,9 +90,12 @@ class TrainConfig:
     data_dir: Annotated[
         str | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
     ] = None
-    """Where TensorFlow Datasets keeps its data; for imagenet also a folder with train and val."""
-    workdir: Annotated[Path | None, FOLDER, _flag(("DIR",), "runs/<dataset>-<arch>-<time>")] = None
-    """Where the run leaves its files."""
+    """Where TensorFlow Datasets keeps its data; for imagenet also a folder with train and val.
+    Either may be in a bucket, gs://bucket/folder."""
+    workdir: Annotated[
+        epath.Path | None, FOLDER, _flag(("DIR",), "runs/<dataset>-<arch>-<time>")
+    ] = None
+    """Where the run leaves its files; may be in a bucket, gs://bucket/folder."""
     platform: Annotated[str | None, _flag(PLATFORMS, "the best that JAX finds")] = None
     """Where to compute."""
     mesh: Annotated[str | None, _flag(("data=N,fsdp=N,model=N",), "all devices on data")] = None
@@ -178,7 +182,9 @@ class TrainConfig:
             )
 
     def _placed(self) -> "TrainConfig":
-        """The config with the flags checked that say where to compute."""
+        """The config with the flags checked that say where to compute and to write."""
+        if self.workdir is not None and (reason := cloud.obstacle(self.workdir)):
+            raise ConfigError(f"--workdir {self.workdir}: {reason}")
         if self.platform is not None:
             _choose("--platform", self.platform, PLATFORMS)
         _ = self.mesh_axes  # Checked here, and matched with the devices when they are known.
@@ -281,7 +287,7 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as what JSON has: numbers, strings and null."""
         fields = dataclasses.asdict(self)
-        return {k: os.fspath(v) if isinstance(v, Path) else v for k, v in fields.items()}
+        return {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in fields.items()}
 
     @classmethod
     def from_json(cls, fields: object) -> "TrainConfig":
@@ -293,7 +299,7 @@ class TrainConfig:
         if isinstance(fields, dict):
             # In JSON, a path is text.
             if isinstance(fields.get("workdir"), str):
-                fields = fields | {"workdir": Path(fields["workdir"])}
+                fields = fields | {"workdir": epath.Path(fields["workdir"])}
             # Earlier versions saved fcn's depth and width with every network.
             if fields.get("arch", "fcn") != "fcn":
                 fields = fields | {"depth": None, "width": None}

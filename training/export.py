@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from etils import epath
 
 from input_pipeline.command_line import FOLDER, complain, parse, say
 from training.errors import ConfigError
@@ -29,7 +30,7 @@ SUFFIX = ".safetensors"
 class Options:
     """Exports the parameters of a trained network as safetensors."""
 
-    workdir: Annotated[tyro.conf.Positional[Path], FOLDER, tyro.conf.arg(metavar="WORKDIR")]
+    workdir: Annotated[tyro.conf.Positional[epath.Path], FOLDER, tyro.conf.arg(metavar="WORKDIR")]
     """The folder of the run."""
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The file to write."""
@@ -62,7 +63,7 @@ def metadata(trained: "Trained") -> dict[str, str]:
     return {name: json.dumps(fact) for name, fact in facts.items()}
 
 
-def export(workdir: Path, file: Path, which: "Which" = "best") -> int:
+def export(workdir: epath.PathLike, file: Path, which: "Which" = "best") -> int:
     """Writes the file, whole or not at all.
 
     Args:

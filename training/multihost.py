@@ -14,11 +14,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.errors import DataError
@@ -241,7 +241,7 @@ def check_same(collect: Callable[[], dict[str, Any]]) -> None:
             )
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: epath.Path) -> None:
     """Raises ConfigError in every process if one of them does not see process 0's folder."""
     if jax.process_count() == 1:
         return

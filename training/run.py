@@ -10,12 +10,12 @@ import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 from input_pipeline import resident
@@ -53,7 +53,7 @@ class Result:
       state: the training state after the last step.
     """
 
-    workdir: Path
+    workdir: epath.Path
     records: list[EpochRecord]
     graphdef: Graph
     state: TrainState
@@ -119,7 +119,8 @@ def train(config: TrainConfig) -> Result:
     """
     config = config.resolved()
     start(config)
-    folder = Path(multihost.broadcast_from_primary(lambda: os.fspath(workdir.choose(config))))
+    choose = lambda: os.fspath(workdir.choose(config))
+    folder = epath.Path(multihost.broadcast_from_primary(choose))
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         plan = enter(planned(config))
@@ -163,7 +164,7 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
     given = given.to_evaluate()
     start(given)
     assert given.workdir is not None  # As to_evaluate has checked.
-    folder = given.workdir.expanduser()
+    folder = workdir.located(given.workdir)
     step, run = multihost.in_every(lambda: reading.last_run(folder))
     found = f"{step}, fingerprint {run.fingerprint()}"
     multihost.check_same(lambda: {"last checkpoint of --workdir": found})
@@ -177,7 +178,7 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
     return results
 
 
-def _evaluate(plan: Plan, feed: Feed, folder: Path) -> list[EvalResult]:
+def _evaluate(plan: Plan, feed: Feed, folder: epath.Path) -> list[EvalResult]:
     target = plan.abstract_state.model
 
     def result(which: reading.Which, saved: reading.Saved) -> EvalResult:

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+
+from etils import epath
 
 from input_pipeline.command_line import silence
 
@@ -20,7 +21,7 @@ class Stopped(Exception):  # noqa: N818, nothing went wrong
       signum: the number of the signal that asked.
     """
 
-    def __init__(self, signum: int, saved: Path):
+    def __init__(self, signum: int, saved: epath.Path):
         """Says where it goes on.
 
         Args:

@@ -9,6 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
+from input_pipeline import cloud
 from training.config import TrainConfig
 from training.errors import ConfigError
 
@@ -23,14 +26,16 @@ EARLIER = "earlier"
 SEEN_SECONDS = 10
 
 
-def choose(config: TrainConfig) -> Path:
+def choose(config: TrainConfig) -> epath.Path:
     """Returns the folder for a run, without creating it.
 
     Raises:
-      ConfigError: if it cannot be created or written.
+      ConfigError: if it cannot be created or written. Of a bucket, only :func:`held` knows.
     """
+    if config.workdir is not None and cloud.is_remote(config.workdir):
+        return epath.Path(config.workdir)
     try:
-        path = config.workdir.expanduser() if config.workdir else _fresh(config)
+        path = Path(config.workdir).expanduser() if config.workdir else _fresh(config)
         ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
     except (OSError, RuntimeError) as error:  # The name is too long, or `~user` is unknown.
         reason = error.strerror if isinstance(error, OSError) else error
@@ -39,32 +44,48 @@ def choose(config: TrainConfig) -> Path:
         raise ConfigError(
             f"--workdir {path}: cannot write in {ancestor}; give a folder that can be"
         )
-    return path
+    return epath.Path(path)
+
+
+def located(path: epath.PathLike) -> epath.Path:
+    """Returns the folder of an earlier run by its name.
+
+    Raises:
+      ConfigError: if it is in a bucket that cannot be used.
+    """
+    if reason := cloud.obstacle(path):
+        raise ConfigError(f"{path}: {reason}")
+    return epath.Path(path if cloud.is_remote(path) else Path(path).expanduser())
 
 
 def _fresh(config: TrainConfig) -> Path:
     """Returns a folder named by the current second, numbered if that name is taken."""
     name = f"{config.dataset}-{config.arch}-{_now()}"
-    return unused(Path("runs") / name)
+    return Path(unused(epath.Path("runs") / name))
 
 
 def _now() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
-def unused(path: Path) -> Path:
+def unused(path: epath.Path) -> epath.Path:
     """Returns the path, with a number appended if it exists already."""
     names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
     return next(path for path in map(path.with_name, names) if not path.exists())
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Creates the folder, and locks it against other runs.
+def held(path: epath.Path) -> Iterator[None]:
+    """Creates the folder, and locks it against other runs, which a bucket cannot be.
 
     Raises:
-      ConfigError: if another run is using the folder, or it cannot be created.
+      ConfigError: if another run is using the folder, or it cannot be created or written.
     """
+    if cloud.is_remote(path):
+        with token(path) as name:
+            find_token(path, name)
+        yield
+        return
     import filelock
 
     lock = filelock.FileLock(path / LOCK_FILE)
@@ -83,7 +104,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def token(path: Path) -> Iterator[str]:
+def token(path: epath.Path) -> Iterator[str]:
     """Leaves a file in the folder for as long as others look for it by :func:`find_token`.
 
     Yields:
@@ -94,20 +115,20 @@ def token(path: Path) -> Iterator[str]:
     """
     file = path / f".token-{secrets.token_hex(8)}"
     try:
-        file.touch()
+        write(file, b"")
     except OSError as error:
         raise ConfigError(f"--workdir {path}: {error.strerror}") from error
     try:
         yield file.name
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), cloud.failing_as_files_do(file):
             file.unlink()
 
 
-def find_token(path: Path, name: str) -> None:
+def find_token(path: epath.Path, name: str) -> None:
     """Raises ConfigError if this process does not find in the folder what process 0 left there."""
     deadline = time.monotonic() + SEEN_SECONDS
-    while not (path / name).exists():
+    while not _exists(path / name):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"--workdir {path}: on {socket.gethostname()} this is not the folder that process "
@@ -116,29 +137,90 @@ def find_token(path: Path, name: str) -> None:
         time.sleep(0.1)
 
 
-def set_aside(path: Path, restart: bool) -> str:
+def _exists(path: epath.Path) -> bool:
+    try:
+        with cloud.failing_as_files_do(path):
+            return path.exists()
+    except OSError as error:
+        raise ConfigError(f"--workdir {path.parent}: {error.strerror}") from error
+
+
+def set_aside(path: epath.Path, restart: bool) -> str:
     """Moves an earlier run's files into a subfolder of their own, if this run does not resume it.
 
     It does not if ``restart`` is set, or if that run recorded epochs but left no checkpoint.
 
     Returns:
       The folder that they were moved to, or an empty string.
+
+    Raises:
+      ConfigError: if they cannot be moved.
     """
-    if not (restart or _has_only_metrics(path)):
-        return ""
+    try:
+        with cloud.failing_as_files_do(path):
+            return _set_aside(path) if restart or _has_only_metrics(path) else ""
+    except OSError as error:
+        raise ConfigError(f"--workdir {path}: {error.strerror}") from error
+
+
+def _set_aside(path: epath.Path) -> str:
     names = (CONFIG_FILE, METRICS_FILE, CURVES_FILE, CHECKPOINTS, "events.out.tfevents.*")
     left = [found for name in names for found in path.glob(name)]
     if not left:
         return ""
     aside = unused(path / f"{EARLIER}-{_now()}")
-    aside.mkdir()
+    if cloud.is_remote(path):
+        # Else it would be no folder, into which epath could move.
+        write(aside / ".folder", b"")
+    else:
+        aside.mkdir()
     for file in left:
         file.rename(aside / file.name)
     return os.fspath(aside)
 
 
-def _has_only_metrics(path: Path) -> bool:
+def _has_only_metrics(path: epath.Path) -> bool:
     file = path / METRICS_FILE
-    has_epochs = file.exists() and file.stat().st_size > 0
-    saved = (p for p in path.glob(f"{CHECKPOINTS}/*") if p.name.isdigit())
-    return has_epochs and not any(saved)
+    return file.exists() and file.read_bytes() != b"" and not saved_steps(path)
+
+
+def saved_steps(path: epath.Path) -> list[int]:
+    """Returns the steps of the checkpoints that have been written to their end."""
+    import orbax.checkpoint as ocp
+
+    steps: list[int] = ocp.utils.checkpoint_steps(path / CHECKPOINTS)
+    return steps
+
+
+def write(path: epath.Path, data: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    if cloud.is_remote(path):
+        with cloud.failing_as_files_do(path):
+            path.write_bytes(data)
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+class RewrittenFile:
+    """A file in a bucket, which each flush writes whole, as nothing can be appended to it."""
+
+    def __init__(self, path: epath.PathLike, content: bytes = b""):
+        self._path, self._content = epath.Path(path), content
+
+    def write(self, data: bytes) -> None:
+        """Appends, as far as the next flush is concerned."""
+        self._content += data
+
+    def flush(self) -> None:
+        """Writes it; raises OSError if it cannot be written."""
+        write(self._path, self._content)
+
+    def close(self) -> None:
+        """Does what :meth:`flush` does."""
+        self.flush()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from input_pipeline import imagenet
+from input_pipeline import cloud, imagenet
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
 from tests.helpers import ROOT, finish, start
@@ -206,6 +206,7 @@ def test_cloud_paths_reach_tfds_as_they_are(monkeypatch):
 
     monkeypatch.setattr(tfds, "builder", builder)
     monkeypatch.setattr(epath.gpath._GPath, "is_dir", lambda path: True)
+    monkeypatch.setattr(cloud, "obstacle", lambda path: "")
     with pytest.raises(DataError, match="asked"):
         imagenet.find(SPEC, "gs://bucket/folder")
     assert asked == [("imagenet2012", "gs://bucket/folder")]

@@ -14,7 +14,6 @@ import errno
 import functools
 import json
 import logging
-import os
 import re
 import time
 import zlib
@@ -25,13 +24,15 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 
+from input_pipeline import cloud
 from training.config import TrainConfig
 from training.errors import ConfigError
 from training.records import EpochRecord, best_step, from_json
 from training.state import abstract_network
-from training.workdir import CHECKPOINTS
+from training.workdir import CHECKPOINTS, located
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ UNAVAILABLE = (
     "UNAUTHENTICATED",
     "UNAVAILABLE",
 )
+
+# The packages whose errors say that a bucket could not be read.
+BUCKET_CLIENTS = ("aiohttp", "fsspec", "gcsfs", "google")
 
 T = TypeVar("T")
 Which = Literal["best", "last"]
@@ -88,7 +92,7 @@ class RunItem:
         return TrainConfig.from_json(self.config).resolved()
 
 
-def last_run(workdir: Path) -> tuple[int, RunItem]:
+def last_run(workdir: epath.Path) -> tuple[int, RunItem]:
     """Returns the step of the newest checkpoint that can be read, and its item ``run``.
 
     Raises:
@@ -117,7 +121,7 @@ class Saved(NamedTuple):
     model: dict[str, Any]
 
 
-def read_last(workdir: Path, target: dict[str, Any]) -> Saved:
+def read_last(workdir: epath.Path, target: dict[str, Any]) -> Saved:
     """Reads the network of the newest checkpoint that can be read.
 
     Args:
@@ -132,7 +136,7 @@ def read_last(workdir: Path, target: dict[str, Any]) -> Saved:
     return Saved(step, run, arrays["model"])
 
 
-def read_best(workdir: Path, target: dict[str, Any], last: Saved) -> Saved:
+def read_best(workdir: epath.Path, target: dict[str, Any], last: Saved) -> Saved:
     """Reads the network of the epoch with the best test accuracy.
 
     Args:
@@ -155,7 +159,7 @@ def read_best(workdir: Path, target: dict[str, Any], last: Saved) -> Saved:
     return Saved(step, run, arrays["model"])
 
 
-def load(workdir: str | os.PathLike[str], which: Which = "best") -> tuple[nnx.Module, TrainConfig]:
+def load(workdir: epath.PathLike, which: Which = "best") -> tuple[nnx.Module, TrainConfig]:
     """Loads a trained network.
 
     >>> model, config = load("runs/cifar10-resnet18")  # doctest: +SKIP
@@ -194,11 +198,11 @@ class Trained(NamedTuple):
     classes: list[str]
 
 
-def load_all(workdir: str | os.PathLike[str], which: Which = "best") -> Trained:
+def load_all(workdir: epath.PathLike, which: Which = "best") -> Trained:
     """Loads a trained network as :func:`load` does, with its step and the names of the classes."""
     if which not in get_args(Which):
         raise ValueError(f"which={which!r}: choose from {', '.join(get_args(Which))}")
-    workdir = Path(workdir).expanduser()
+    workdir = located(workdir)
     _, run = last_run(workdir)
     config = run.resolved_config()
     with jax.enable_x64(config.precision == "f64"):
@@ -212,15 +216,20 @@ def load_all(workdir: str | os.PathLike[str], which: Which = "best") -> Trained:
     return Trained(model, config, saved.step, saved.run.classes)
 
 
-def folder_of(workdir: Path) -> Path:
+def folder_of(workdir: epath.Path) -> epath.Path:
     """Returns the absolute path of the folder in which a run has its checkpoints."""
+    folder = workdir / CHECKPOINTS
     # TensorStore does not accept relative paths.
-    return (workdir / CHECKPOINTS).absolute()
+    return folder if cloud.is_remote(folder) else epath.Path(Path(folder).absolute())
 
 
 @contextlib.contextmanager
-def reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """Opens a checkpoint manager that only reads, and does not wait for other processes."""
+def reading(folder: epath.Path) -> Iterator[ocp.CheckpointManager]:
+    """Opens a checkpoint manager that only reads, and does not wait for other processes.
+
+    Raises:
+      ConfigError: if the folder cannot be read.
+    """
     this = jax.process_index()
     options = ocp.CheckpointManagerOptions(
         create=False,
@@ -230,7 +239,12 @@ def reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
             primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"reader_{this}"
         ),
     )
-    with ocp.CheckpointManager(folder, options=options) as manager:
+    try:
+        with cloud.failing_as_files_do(folder):
+            manager = ocp.CheckpointManager(folder, options=options)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from error
+    with manager:
         yield manager
 
 
@@ -293,11 +307,13 @@ def _is_damage(error: BaseException) -> bool:
     said = re.search(r"os_error_code='(\d+)'", str(cause))
     number = int(said[1]) if said else getattr(cause, "errno", None)
     system = number not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    # What reads a bucket for Orbax has errors of its own, without a number.
+    system |= type(cause).__module__.partition(".")[0] in BUCKET_CLIENTS
     return not (system or isinstance(cause, MemoryError) or str(cause).startswith(UNAVAILABLE))
 
 
 def _last(
-    workdir: Path, reader: ocp.CheckpointManager, target: dict[str, Any]
+    workdir: epath.Path, reader: ocp.CheckpointManager, target: dict[str, Any]
 ) -> tuple[int, Items]:
     """Reads the newest readable checkpoint by :func:`read_items`; raises if there is none."""
     found, damaged = newest_readable(reader, lambda step: read_items(reader, step, target))

@@ -9,15 +9,16 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from input_pipeline import cloud
 from training import multihost
 from training.checkpoints.reading import (
     Items,
@@ -79,7 +80,11 @@ class Saver:
     """
 
     def __init__(
-        self, workdir: Path, config: TrainConfig, sizes: tuple[int, int], classes: Sequence[str]
+        self,
+        workdir: epath.Path,
+        config: TrainConfig,
+        sizes: tuple[int, int],
+        classes: Sequence[str],
     ):
         """Opens the checkpoint folder, and creates it if it does not exist.
 
@@ -212,14 +217,14 @@ class Saver:
         self._write(snapshot)
         self._last_save = time.monotonic()
 
-    def last_good(self) -> Path | None:
+    def last_good(self) -> epath.Path | None:
         """Completes all saves, and returns the newest checkpoint, if there is one."""
         self._write_held()
         self._wait()
         step = self._manager.latest_step()
         return None if step is None else self.path_of(step)
 
-    def path_of(self, step: int) -> Path:
+    def path_of(self, step: int) -> epath.Path:
         """Returns the folder of a checkpoint."""
         return self._folder / str(step)
 
@@ -302,8 +307,10 @@ class _LatestAndBest(preservation_policy.PreservationPolicy):  # type: ignore[mi
         return both.should_preserve(checkpoints, context=context)
 
 
-def _lack_of_space(folder: Path, items: ocp.args.Composite) -> str:
+def _lack_of_space(folder: epath.Path, items: ocp.args.Composite) -> str:
     """Returns why a save may well fail, else ''. Orbax's own message would take many lines."""
+    if cloud.is_remote(folder):
+        return ""
     arrays = jax.tree.leaves([items["model"].item, items["training"].item])
     # Compression may save some of this, but not much for random values.
     needed = sum(array.nbytes for array in arrays) + SMALL_FILES

@@ -3,16 +3,16 @@
 import importlib.util
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import rich.console
+from etils import epath
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from input_pipeline.command_line import say, silence
 from training.records import EpochRecord, best, best_step
-from training.workdir import CHECKPOINTS, CURVES_FILE, METRICS_FILE
+from training.workdir import CHECKPOINTS, CURVES_FILE, METRICS_FILE, saved_steps
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Console:
             self._bar.stop()
 
     def summary(
-        self, records: list[EpochRecord], before: int, seconds: float, workdir: Path
+        self, records: list[EpochRecord], before: int, seconds: float, workdir: epath.Path
     ) -> None:
         """Prints the table at the end, and the paths of the run's files.
 
@@ -175,10 +175,9 @@ class Console:
             self.say(f"dashboard  tensorboard --logdir {workdir}")
 
 
-def _checkpoints(records: list[EpochRecord], workdir: Path) -> str:
+def _checkpoints(records: list[EpochRecord], workdir: epath.Path) -> str:
     """Returns the table entry that lists the available checkpoints."""
-    folder = workdir / CHECKPOINTS
-    steps = {int(path.name) for path in folder.glob("*") if path.name.isdigit()}
+    folder, steps = workdir / CHECKPOINTS, {*saved_steps(workdir)}
     if not steps:
         return "none"
     top, last = best_step(records, steps), max(steps)

@@ -1,19 +1,20 @@
 """Plots a run: loss, accuracy and the automatic learning rate."""
 
-import os
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from training import workdir
 from training.records import EpochRecord
 
 TRAIN, TEST, ETA = "#7a8ba3", "#c8452f", "#2f6f5e"
 
 
-def draw(records: Sequence[EpochRecord], title: str, path: Path) -> None:
+def draw(records: Sequence[EpochRecord], title: str, path: epath.Path) -> None:
     """Plots the records of ``metrics.jsonl``. The file is replaced whole or not at all."""
     # Fixed margins: computing them each time would take as long as all the rest.
     margins = {"left": 0.04, "right": 0.985, "bottom": 0.14, "top": 0.82, "wspace": 0.16}
@@ -56,6 +57,6 @@ def draw(records: Sequence[EpochRecord], title: str, path: Path) -> None:
         axes.legend(frameon=False)
     figure.suptitle(title)
 
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    workdir.write(path, png.getvalue())

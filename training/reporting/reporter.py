@@ -4,15 +4,19 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Self
 
+from etils import epath
+
+from input_pipeline import cloud
 from training.config import TrainConfig
 from training.errors import ConfigError, SaveError
 from training.records import EpochRecord
 from training.reporting.console import Console
-from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE
+from training.workdir import CONFIG_FILE, CURVES_FILE, METRICS_FILE, RewrittenFile, write
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,11 @@ class Reporter(SilentReporter):
     """
 
     def __init__(
-        self, config: TrainConfig, workdir: Path, facts: dict[str, str], records: list[EpochRecord]
+        self,
+        config: TrainConfig,
+        workdir: epath.Path,
+        facts: dict[str, str],
+        records: list[EpochRecord],
     ):
         """Writes the first files and prints the facts of the run.
 
@@ -74,16 +82,20 @@ class Reporter(SilentReporter):
         Raises:
           ConfigError: if the folder cannot be written.
         """
-        from training.reporting.tensorboard import EventFile
+        with _hidden("google.cloud.storage"):
+            # Which tensorboardX would load for most of a second, to do what RewrittenFile does.
+            from training.reporting.tensorboard import EventFile
 
         self.records = list(records)
         self._workdir = workdir
         self._start, self._before = time.perf_counter(), len(records)
         try:
-            _write(workdir / CONFIG_FILE, json.dumps(config.to_json(), indent=2) + "\n")
-            lines = (json.dumps(record.to_json()) + "\n" for record in records)
-            _write(workdir / METRICS_FILE, "".join(lines))
-            self._metrics = open(workdir / METRICS_FILE, "a")  # noqa: SIM115, closed in __exit__
+            write(workdir / CONFIG_FILE, (json.dumps(config.to_json(), indent=2) + "\n").encode())
+            metrics, lines = workdir / METRICS_FILE, b"".join(map(_line, records))
+            write(metrics, lines)
+            remote = cloud.is_remote(metrics)
+            # Closed in __exit__.
+            self._metrics = RewrittenFile(metrics, lines) if remote else open(metrics, "ab")  # noqa: SIM115
             seen = records[-1].step if records else 0
             self._tensorboard = EventFile(workdir, seen + 1)
         except OSError as error:
@@ -118,7 +130,7 @@ class Reporter(SilentReporter):
         """Writes the record and shows it, and redraws the plots unless that was done lately."""
         self.records.append(record)
         try:
-            self._metrics.write(json.dumps(record.to_json()) + "\n")
+            self._metrics.write(_line(record))
             self._metrics.flush()
             self._tensorboard.write(record)
         except OSError as error:
@@ -143,8 +155,18 @@ class Reporter(SilentReporter):
         self._drawing_seconds += time.perf_counter() - start
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Has imports of a module fail, unless it has been imported before."""
+    loaded = module in sys.modules
+    if not loaded:
+        sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not loaded:
+            del sys.modules[module]
+
+
+def _line(record: EpochRecord) -> bytes:
+    return (json.dumps(record.to_json()) + "\n").encode()

@@ -2,19 +2,30 @@
 
 import os
 import time
-from pathlib import Path
 
+from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import register_writer_factory
 
 from training.records import EpochRecord
+from training.workdir import RewrittenFile
+
+
+class _InBucket:
+    """Opens files for tensorboardX in a bucket, where it would have a client of its own."""
+
+    open = staticmethod(RewrittenFile)
+
+
+register_writer_factory("gs", _InBucket())
 
 
 class EventFile:
     """One ``events.out.tfevents.*`` file in the folder of a run."""
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: epath.Path, first_step: int):
         """Starts the file.
 
         Args:
