@@ -304,5 +304,5 @@ def test_what_cannot_be_read_of_a_bucket_is_no_damage(monkeypatch):
         raise refused("Forbidden, 403")
 
     monkeypatch.setattr(reading, "RETRY_SECONDS", ())
-    with pytest.raises(ConfigError, match="^gs://bucket/a/10: Forbidden, 403$"):
+    with pytest.raises(ConfigError, match=r"^gs://bucket/a/10: Forbidden, 403$"):
         reading.newest_readable(reader, read)
