@@ -78,5 +78,5 @@ FOLDER = PrimitiveConstructorSpec(
     metavar="DIR",
     instance_from_str=_folder,
     is_instance=lambda value: isinstance(value, os.PathLike),
-    str_from_instance=lambda path: [os.fspath(path)],
+    str_from_instance=lambda path: [str(path)],
 )
