@@ -33,7 +33,7 @@ def obstacle(path: epath.PathLike) -> str:
     if not re.match("gs://[^/]", os.fspath(path)):
         return "is no folder, and not in a bucket either, as gs://bucket/folder"
     if importlib.util.find_spec("gcsfs") is None:
-        return "a bucket needs the extra gcs: `.venv/bin/pip install -e '.[gcs]'`"
+        return "a bucket needs the extra gcs: `./run install gcs`"
     return ""
 
 

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Trains on a slice of a Google TPU pod, from a machine that has gcloud: launch/tpu_pod.sh
 #
-# Every host needs this repository in ~/agd-jax, with `pip install -e '.[train,gcs]' 'jax[tpu]'` in
-# .venv; the gcloud command below does that on all, too. Their service account has to be allowed to
+# Every host needs this repository in ~/agd-jax, and there `./run install tpu` and `./run install gcs`,
+# which the gcloud command below runs on all of them, too. Their service account has to be allowed to
 # write in the bucket. Edit the next four lines.
 #
 # The run is in the bucket: after a preemption the same command goes on there, on a new TPU as well.
