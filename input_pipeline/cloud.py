@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from etils import epath
 
@@ -24,6 +25,11 @@ logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 def is_remote(path: epath.PathLike) -> bool:
     """Returns whether a path names no folder or file of this machine's."""
     return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> str:
+    """Returns the whole name of a path, which a remote one always has."""
+    return os.fspath(path) if is_remote(path) else str(Path(path).absolute())
 
 
 def obstacle(path: epath.PathLike) -> str:

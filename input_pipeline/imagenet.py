@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shlex
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
 from input_pipeline import prepared
+from input_pipeline.classes import labels, ordered
 from input_pipeline.errors import DataError
 from input_pipeline.specs import DatasetSpec
 from input_pipeline.streaming import Record, Sources
@@ -19,8 +22,11 @@ from input_pipeline.streaming import Record, Sources
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
+log = logging.getLogger(__name__)
+
 ENVIRONMENT_VARIABLE = "IMAGENET_PATH"
-SUFFIXES = (".jpeg", ".jpg", ".png")
+# Of what OpenCV decodes.
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".avif")
 
 # A process opens about so many files besides those of the data.
 OTHER_FILES = 256
@@ -29,11 +35,18 @@ OTHER_FILES = 256
 class ArrayRecordSource:
     """A split as TFDS stored it."""
 
-    def __init__(self, builder: DatasetBuilder, split: str):
+    def __init__(self, builder: DatasetBuilder, split: str, labels: Sequence[int]):
+        """Opens the split.
+
+        Args:
+          builder: the data set.
+          split: the name of the split.
+          labels: the label of each of its classes.
+        """
         import tensorflow_datasets as tfds
 
         undecoded = {"image": tfds.decode.SkipDecoding()}
-        self._split = split
+        self._split, self._labels = split, labels
         self._records = builder.as_data_source(split, decoders=undecoded)
         self.size = len(self._records)
         info = builder.info.splits[split]
@@ -44,7 +57,7 @@ class ArrayRecordSource:
             example = self._records[index]
         except RuntimeError as error:  # ArrayRecord raises it where a checksum is wrong.
             raise OSError(str(error)) from error
-        return Record(example["image"], int(example["label"]))
+        return Record(example["image"], self._labels[int(example["label"])])
 
     def name(self, index: int) -> str:
         """Returns the name of the file that the record was made from."""
@@ -98,7 +111,9 @@ class FolderSource:
         return self._root / folder / os.fsdecode(self._names[index])
 
 
-def find(spec: DatasetSpec, data_dir: str | None = None) -> Sources:
+def find(
+    spec: DatasetSpec, data_dir: epath.PathLike | None = None, known: Sequence[str] = ()
+) -> Sources:
     """Finds both splits.
 
     Args:
@@ -106,22 +121,24 @@ def find(spec: DatasetSpec, data_dir: str | None = None) -> Sources:
       data_dir: a folder of TFDS that contains ``imagenet2012``, or a folder that contains
         ``train`` and ``val``. It may begin with ``gs://``. None means ``$IMAGENET_PATH``, else
         TFDS's own folder.
+      known: the classes that a network was trained on, in the order of its labels; by default,
+        those of the data are in the order of TFDS or of the folders' names.
 
     Raises:
-      DataError: if there is neither, or neither in a form that can be read.
+      DataError: if there is neither, or neither in a form that can be read, or with other classes.
     """
     if data_dir is None:
         data_dir = os.environ.get(ENVIRONMENT_VARIABLE) or None
     root = prepared.data_path(data_dir)
     with prepared.reading(root):
-        return _find(spec, root)
+        return _find(spec, root, known)
 
 
-def _find(spec: DatasetSpec, root: epath.Path) -> Sources:
+def _find(spec: DatasetSpec, root: epath.Path, known: Sequence[str]) -> Sources:
     if (root / spec.tfds_name).is_dir():
-        return _prepared(spec, root)
+        return _prepared(spec, root, known)
     if (root / "train").is_dir() and (root / "val").is_dir():
-        return _folders(spec, root)
+        return _folders(spec, root, known)
     raise DataError(
         f"--data_dir {root}: has neither {spec.tfds_name}, as TensorFlow Datasets prepares it, nor "
         f"folders train and val; give the folder that has, here or in ${ENVIRONMENT_VARIABLE} "
@@ -129,7 +146,7 @@ def _find(spec: DatasetSpec, root: epath.Path) -> Sources:
     )
 
 
-def _prepared(spec: DatasetSpec, root: epath.Path) -> Sources:
+def _prepared(spec: DatasetSpec, root: epath.Path, known: Sequence[str]) -> Sources:
     import tensorflow_datasets as tfds
 
     found = prepared.builder_of(spec, root)
@@ -154,8 +171,9 @@ def _prepared(spec: DatasetSpec, root: epath.Path) -> Sources:
             f"--data_dir {root}: {spec.tfds_name} has no splits train and validation, only "
             f"{', '.join(builder.info.splits)}"
         )
-    classes = tuple(builder.info.features["label"].names)
-    train, test = (ArrayRecordSource(builder, split) for split in splits)
+    classes = builder.info.features["label"].names
+    of_class = labels(classes, known, f"--data_dir {root}")
+    train, test = (ArrayRecordSource(builder, split, of_class) for split in splits)
     present = {path.name for path in type(root)(folder).iterdir()}
     shards = [name for split in splits for name in builder.info.splits[split].filenames]
     if missing := [name for name in shards if name not in present]:
@@ -164,7 +182,7 @@ def _prepared(spec: DatasetSpec, root: epath.Path) -> Sources:
             f"missing, such as {missing[0]}"
         )
     _allow_open_files(len(shards) + OTHER_FILES, root)
-    return Sources(train, test, classes)
+    return Sources(train, test, tuple(known or classes))
 
 
 def _allow_open_files(count: int, root: epath.Path) -> None:
@@ -183,31 +201,45 @@ def _allow_open_files(count: int, root: epath.Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-def _folders(spec: DatasetSpec, root: epath.Path) -> Sources:
+def _folders(spec: DatasetSpec, root: epath.Path, known: Sequence[str]) -> Sources:
     splits = {split: _image_names(root / split) for split in ("train", "val")}
     for split, names in splits.items():
         if not names:
             raise DataError(
                 f"--data_dir {root}: {split} has no folders of images, one for each class"
             )
-    classes = _labels(spec, root, set().union(*splits.values()))
+    folders = set().union(*splits.values())
+    known = known or _classes(spec, root, folders)
+    present = ordered(folders)
+    classes = dict(zip(present, labels(present, known, f"--data_dir {root}"), strict=True))
     train, test = (FolderSource(root / s, names, classes) for s, names in splits.items())
-    return Sources(train, test, tuple(classes))
+    return Sources(train, test, tuple(known))
 
 
 def _image_names(folder: epath.Path) -> dict[str, list[str]]:
-    """Returns the sorted names of the images in each subfolder that has any, in sorted order."""
+    """Returns the sorted names of the images in each subfolder, in sorted order.
+
+    Raises:
+      DataError: if a subfolder has no images, or is a link that leads nowhere.
+    """
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            files = (p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-            if names := sorted(name for name in files if not name.startswith(".")):
-                found[path.name] = names
+        if path.name.startswith(".") or path.is_file():
+            continue
+        if not path.is_dir():
+            raise DataError(f"--data_dir {path}: a link that leads nowhere; remove it")
+        files = (p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        found[path.name] = sorted(name for name in files if not name.startswith("."))
+        if not found[path.name]:
+            raise DataError(
+                f"--data_dir {path}: a class without images (files that end in "
+                f"{' '.join(SUFFIXES)}); add some, or remove it"
+            )
     return found
 
 
-def _labels(spec: DatasetSpec, root: epath.Path, folders: set[str]) -> dict[str, int]:
-    """Returns each folder's label: its index among ImageNet's synsets, else among the folders."""
+def _classes(spec: DatasetSpec, root: epath.Path, folders: set[str]) -> list[str]:
+    """Returns the classes in the order of their labels: ImageNet's synsets, else the folders."""
     import tensorflow_datasets as tfds
 
     synsets = tfds.builder(spec.tfds_name).info.features["label"].names
@@ -222,4 +254,6 @@ def _labels(spec: DatasetSpec, root: epath.Path, folders: set[str]) -> dict[str,
             f"--data_dir {root}: has {len(others)} classes, more than the {spec.num_classes} of "
             f"{spec.name}"
         )
-    return {name: label for label, name in enumerate(others or synsets)}
+    if others and all(map(str.isdecimal, others)):
+        log.info("--data_dir %s: the classes are numbers, and in their order", root)
+    return ordered(others) or list(synsets)

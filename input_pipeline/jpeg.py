@@ -11,24 +11,34 @@ The window is chosen from the header, before anything is decoded. This saves thr
 The entropy coding above and beside the window, 0.7 of the work of decoding, cannot be saved.
 """
 
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple, TypeAlias
 
-import cv2
 import numpy as np
 import simplejpeg
+
+# A header may claim any size. No real photograph has this many pixels.
+MAX_PIXELS = 2**27
+# OpenCV's own limit, for all formats, which it reads when it is loaded. It is eight times as high.
+os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MAX_PIXELS)
+
+import cv2  # noqa: E402
 
 # The bounds of training windows: their share of the area, and width / height.
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 # The side of test windows, as a share of the shorter side: 224 pixels of 256.
 CENTRE = 224 / 256
-# A header may claim any size. No real photograph has this many pixels.
-MAX_PIXELS = 2**27
 
 # The worker processes run in parallel already. Threads of OpenCV would compete with each other.
 cv2.setNumThreads(1)
+
+
+# Markers in a JPEG: of its frame header, in any coding, and of the pixels that follow.
+FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+SCAN = 0xDA
 
 
 class UnreadableError(Exception):
@@ -142,24 +152,39 @@ def _baseline_header(data: bytes) -> _Header | None:
     """
     if not data.startswith(b"\xff\xd8"):
         return None
-    offset = 2
     try:
-        # Segments are a marker, a length and as many bytes, until the frame header.
-        while not 0xC0 <= (marker := data[offset + 1]) <= 0xCF or marker in (0xC4, 0xC8, 0xCC):
-            offset += 2 + int.from_bytes(data[offset + 2 : offset + 4])
+        offset = _segment(data, 2, FRAMES)
         if data[offset] != 0xFF:
             return None
         height, width, components = struct.unpack_from(">HHB", data, offset + 5)
     except (IndexError, struct.error):
         return None
+    marker = data[offset + 1]
     if height * width > MAX_PIXELS:
         raise UnreadableError(f"claims to have {width} x {height} pixels")
     if marker not in (0xC0, 0xC1) or components not in (1, 3) or not height * width:
         return None
-    # A decoder would silently fill the missing part with grey.
-    if data.rfind(b"\xff\xd9", max(offset, data.rfind(b"\xff\xda"))) < 0:
-        raise UnreadableError("is cut off: it has no end-of-image marker")
+    # A decoder would silently fill the missing part with grey. Of what follows the image, as in a
+    # phone's moving photo, nothing is known.
+    try:
+        data.index(b"\xff\xd9", _segment(data, offset, {SCAN}))
+    except (IndexError, ValueError) as error:
+        raise UnreadableError("is cut off: it has no end-of-image marker") from error
     return _Header(height, width, offset + 5)
+
+
+def _segment(data: bytes, offset: int, markers: Set[int]) -> int:
+    """Returns the offset of the next segment with one of these markers.
+
+    Segments are a marker, a length and as many bytes.
+
+    Raises:
+      IndexError: if there is none.
+    """
+    while (marker := data[offset + 1]) not in markers:
+        # Any number of bytes 0xFF may stand before a marker.
+        offset += 1 if marker == 0xFF else 2 + int.from_bytes(data[offset + 2 : offset + 4])
+    return offset
 
 
 def _top(data: bytes, header: _Header, rows: int, scale: int) -> np.ndarray:

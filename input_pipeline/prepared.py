@@ -132,9 +132,18 @@ def prepared_builder(
 
 
 def builder_of(spec: DatasetSpec, data_dir: epath.PathLike) -> DatasetBuilder:
-    """Returns TFDS's builder of a data set, in the prepared format, else for ArrayRecord."""
+    """Returns TFDS's builder of a data set, in the prepared format, else for ArrayRecord.
+
+    Raises:
+      DataError: if TFDS would look for the data elsewhere.
+    """
     import tensorflow_datasets as tfds
 
+    if "[" in cloud.absolute(data_dir):
+        raise DataError(
+            f"--data_dir {data_dir}: has [ in its name or above it, which TFDS takes for a "
+            "pattern; give another folder, or a link to it"
+        )
     # TFDS would warn of an absent folder, which is reported here.
     logging.getLogger("absl").setLevel(logging.ERROR)
     builder = tfds.builder(spec.tfds_name, data_dir=data_dir)

@@ -13,7 +13,7 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from input_pipeline import cloud, prepared
+from input_pipeline import classes, cloud, prepared
 from input_pipeline.batch import Batch, normalise
 from input_pipeline.errors import DataError
 from input_pipeline.specs import DatasetSpec
@@ -68,6 +68,22 @@ class Arrays(NamedTuple):
     train: Split
     test: Split
     classes: tuple[str, ...]
+
+    def labelled_by(self, known: Sequence[str], origin: str) -> Arrays:
+        """Returns the data with the labels of a network that was trained on classes of these names.
+
+        Args:
+          known: the names in the order of its labels; if there are none, labels stay.
+          origin: where the data are from, as the error says it.
+
+        Raises:
+          DataError: if a class is not known.
+        """
+        if not known or tuple(known) == self.classes:
+            return self
+        of_class = np.array(classes.labels(self.classes, known, origin), np.int32)
+        train, test = (split._replace(labels=of_class[split.labels]) for split in self[:2])
+        return Arrays(train, test, tuple(known))
 
 
 def load(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None = None) -> Arrays:

@@ -34,6 +34,7 @@ TRAINING = (
 INPUT_PIPELINE = (
     "errors",
     "cloud",
+    "classes",
     "command_line",
     "specs",
     "batch",

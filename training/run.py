@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,7 +124,7 @@ def train(config: TrainConfig) -> Result:
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         plan = enter(planned(config))
-        data = load_data(config)
+        data = load_data(config, () if config.restart else reading.saved_classes(folder))
         _check_batch_fits(config, data)
         hold = lambda: enter(workdir.held(folder)) or ""  # Only process 0.
         multihost.broadcast_from_primary(hold)
@@ -170,7 +170,7 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
     multihost.check_same(lambda: {"last checkpoint of --workdir": found})
     config = _merged(given, run.resolved_config())
     with planned(config) as plan:
-        data = load_data(config)
+        data = load_data(config, run.classes)
         with contextlib.closing(make_feed(plan, data)) as feed:
             results = _evaluate(plan, feed, folder)
     if multihost.is_primary():
@@ -184,7 +184,8 @@ def _evaluate(plan: Plan, feed: Feed, folder: epath.Path) -> list[EvalResult]:
     def result(which: reading.Which, saved: reading.Saved) -> EvalResult:
         sums = feed.evaluate(TrainState(step=jnp.int32(saved.step), opt_state=(), **saved.model))
         averages = metrics.averages(jax.device_get(sums))
-        return EvalResult(which, saved.step, saved.step / feed.steps_per_epoch, **averages)
+        epochs = saved.step / (saved.run.sizes[0] // plan.config.train_bs)
+        return EvalResult(which, saved.step, epochs, **averages)
 
     saved = reading.read_last(folder, target)
     last = result("last", saved)
@@ -242,14 +243,18 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     return Plan(config, mesh, graphdef, tx, sharding.place(mesh, state.abstract_state(config, tx)))
 
 
-def load_data(config: TrainConfig) -> "Arrays | Sources":
+def load_data(config: TrainConfig, known: Sequence[str] = ()) -> "Arrays | Sources":
     """Loads a small data set, or finds a large one; the same in every process.
+
+    Args:
+      config: the config of the run.
+      known: the classes that the network was trained on, in the order of its labels, if it was.
 
     Raises:
       ConfigError: if a process has other data than process 0, or none.
       DataError: if the data set cannot be had.
     """
-    data = multihost.in_every(lambda: _load(config))
+    data = multihost.in_every(lambda: _load(config, known))
     splits = {"training": data.train, "test": data.test}
     multihost.check_same(
         lambda: (
@@ -260,15 +265,16 @@ def load_data(config: TrainConfig) -> "Arrays | Sources":
     return data
 
 
-def _load(config: TrainConfig) -> "Arrays | Sources":
+def _load(config: TrainConfig, known: Sequence[str]) -> "Arrays | Sources":
     spec = config.spec
     if not spec.streamed:
-        return resident.load(spec, config.data_dir)
+        data = resident.load(spec, config.data_dir)
+        return data.labelled_by(known, f"--dataset {config.dataset}")
     from input_pipeline import imagenet, streaming
 
     if spec.loader == "noise":
         return streaming.noise_sources(config.train_bs, config.test_bs)
-    return imagenet.find(spec, config.data_dir)
+    return imagenet.find(spec, config.data_dir, known)
 
 
 def make_feed(plan: Plan, data: "Arrays | Sources") -> Feed:

@@ -30,10 +30,11 @@ def choose(config: TrainConfig) -> epath.Path:
     """Returns the folder for a run, without creating it.
 
     Raises:
-      ConfigError: if it cannot be created or written. Of a bucket, only :func:`held` knows.
+      ConfigError: if it cannot be created or written, of which in a bucket only :func:`held` knows,
+        or if checkpoints in a folder of that name could not be found again.
     """
     if config.workdir is not None and cloud.is_remote(config.workdir):
-        return epath.Path(config.workdir)
+        return _no_pattern(epath.Path(config.workdir))
     try:
         path = Path(config.workdir).expanduser() if config.workdir else _fresh(config)
         ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -44,18 +45,29 @@ def choose(config: TrainConfig) -> epath.Path:
         raise ConfigError(
             f"--workdir {path}: cannot write in {ancestor}; give a folder that can be"
         )
-    return epath.Path(path)
+    return _no_pattern(epath.Path(path))
 
 
 def located(path: epath.PathLike) -> epath.Path:
     """Returns the folder of an earlier run by its name.
 
     Raises:
-      ConfigError: if it is in a bucket that cannot be used.
+      ConfigError: if it is in a bucket that cannot be used, or has a name that :func:`choose`
+        refuses.
     """
     if reason := cloud.obstacle(path):
         raise ConfigError(f"{path}: {reason}")
-    return epath.Path(path if cloud.is_remote(path) else Path(path).expanduser())
+    return _no_pattern(epath.Path(path if cloud.is_remote(path) else Path(path).expanduser()))
+
+
+def _no_pattern(path: epath.Path) -> epath.Path:
+    """Returns the path; raises ConfigError if Orbax would take it for a pattern of names."""
+    if found := sorted(set("*?[").intersection(cloud.absolute(path))):
+        raise ConfigError(
+            f"{path}: has {' and '.join(found)} in its name or above it, which Orbax takes for a "
+            "pattern, and would not find what it saves; give another folder"
+        )
+    return path
 
 
 def _fresh(config: TrainConfig) -> Path:

@@ -1,11 +1,13 @@
 import io
+import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from input_pipeline import cloud, imagenet
+from input_pipeline import cloud, imagenet, jpeg
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
 from tests.helpers import ROOT, finish, start
@@ -58,7 +60,6 @@ def test_a_folder_tree(tmp_path):
     (root / "train" / "notes.txt").write_text("")
     (root / "train" / ".ipynb_checkpoints").mkdir()
     (root / "train" / ".ipynb_checkpoints" / "a.JPEG").write_bytes(b"")
-    (root / "val" / "lost+found").mkdir()
     train, test, classes = imagenet.find(SPEC, root)
     assert (train.size, test.size) == (7, 4)
     assert [classes[label] for label in LABELS] == list(SYNSETS)
@@ -75,6 +76,59 @@ def test_folders_that_are_not_of_imagenet_are_numbered_in_order(tmp_path):
     assert classes == ("cat", "dog", "eel")
     assert [train[i].label for i in range(4)] == [0, 1, 1, 2]
     assert [test[i].label for i in range(3)] == [0, 1, 2]
+
+
+def test_folders_named_by_numbers_are_in_the_order_of_these_and_it_says_so(tmp_path, caplog):
+    root = write_tree(tmp_path, train=3, test=3, synsets=("10", "9", "1"))
+    with caplog.at_level(logging.INFO, "input_pipeline"):
+        assert imagenet.find(SPEC, root).classes == ("1", "9", "10")
+    assert caplog.messages == [f"--data_dir {root}: the classes are numbers, and in their order"]
+
+
+def test_labels_are_those_of_the_classes_that_are_known(tmp_path):
+    root = write_tree(tmp_path, train=4, test=3, synsets=("eel", "cat"))
+    train, test, classes = imagenet.find(SPEC, root, known=["cat", "dog", "eel"])
+    assert classes == ("cat", "dog", "eel")
+    assert [train[i].label for i in range(4)] == [0, 0, 2, 2]
+    assert [test[i].label for i in range(3)] == [0, 2, 2]
+    message = "not trained on: cat, eel; it knows ant, bee, cow, dog, elk and 1 more"
+    with pytest.raises(DataError, match=message):
+        imagenet.find(SPEC, root, known=["ant", "bee", "cow", "dog", "elk", "fox"])
+
+
+def test_labels_of_array_records_are_those_of_the_classes_that_are_known(prepared_imagenet):
+    root = prepared_imagenet()
+    train, _, classes = imagenet.find(SPEC, root)
+    again, _, known = imagenet.find(SPEC, root, known=classes[::-1])
+    assert known == classes[::-1]
+    assert [999 - train[i].label for i in range(7)] == [again[i].label for i in range(7)]
+    with pytest.raises(DataError, match="has classes that this run was not trained on: n01440764"):
+        imagenet.find(SPEC, root, known=["cat", "dog"])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_without_images_is_named(tmp_path, split):
+    root = write_tree(tmp_path, train=4, test=3, synsets=("dog", "cat"))
+    (root / split / "eel").mkdir()
+    (root / split / "eel" / "image.psd").write_bytes(b"")
+    with pytest.raises(DataError, match=f"{root}/{split}/eel: a class without images"):
+        imagenet.find(SPEC, root)
+    shutil.rmtree(root / split / "eel")
+    (root / split / "eel").symlink_to("/nowhere")
+    with pytest.raises(DataError, match=f"{root}/{split}/eel: a link that leads nowhere"):
+        imagenet.find(SPEC, root)
+
+
+def test_images_are_what_the_decoder_reads(tmp_path):
+    root = write_tree(tmp_path, train=1, test=1, synsets=("dog",))
+    for i, suffix in enumerate(imagenet.SUFFIXES):
+        path = root / "train" / "dog" / f"{i}{suffix.upper()}"
+        photograph(30, 20, seed=1).save(path)
+    source = imagenet.find(SPEC, root).train
+    assert source.size == 1 + len(imagenet.SUFFIXES)
+    for i in range(source.size):
+        whole = lambda height, width: jpeg.Window(0, 0, height, width)
+        assert jpeg.decode(source[i].data, whole, 8).shape == (8, 8, 3)
 
 
 def test_other_folders_beside_those_of_imagenet_are_named(tmp_path):

@@ -1,5 +1,6 @@
 import io
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -202,6 +203,47 @@ def test_where_no_window_fits_it_is_the_largest_in_the_centre():
     rng = np.random.default_rng(0)
     assert jpeg.random_window(rng, 9000, 300) == (4300, 0, 400, 300)
     assert jpeg.random_window(rng, 300, 9000) == (0, 4300, 300, 400)
+
+
+@pytest.mark.parametrize(
+    "after", [b"\xff\xda" + bytes(9), b"\xff\xd8\xff\xc0", encoded(photograph(9, 9))]
+)
+def test_what_follows_an_image_is_nothing_to_it(after):
+    """Phones keep a film behind a photograph, in whose bytes any marker may be."""
+    data = encoded(photograph(30, 40))
+    decoded = jpeg.decode(data, whole, 16)
+    np.testing.assert_array_equal(jpeg.decode(data + after, whole, 16), decoded)
+    with pytest.raises(jpeg.UnreadableError, match="cut off"):
+        jpeg.decode(data[:-2], whole, 16)
+
+
+def test_padding_before_a_marker_is_skipped():
+    data = encoded(photograph(30, 40))
+    for marker in (b"\xff\xc0", b"\xff\xda"):
+        data = data.replace(marker, b"\xff\xff" + marker, 1)
+    assert jpeg._baseline_header(data)[:2] == (30, 40)
+    assert difference(data, whole(30, 40), 16) < 4
+
+
+@pytest.mark.parametrize(
+    ("format", "offset"), [("gif", 6), ("png", 16), ("bmp", 18), ("tiff", None)]
+)
+def test_no_format_may_claim_more_pixels_than_the_limit(format, offset):
+    image, side = Image.new("L", (10, 10)), 30_000
+    data = bytearray(encoded(image, format=format))
+    if format == "gif":
+        struct.pack_into("<HH", data, offset, side, side)
+    elif format == "png":
+        struct.pack_into(">II", data, offset, side, side)
+        struct.pack_into(">I", data, offset + 13, zlib.crc32(data[12 : offset + 13]))
+    elif format == "bmp":
+        struct.pack_into("<ii", data, offset, side, side)
+    else:
+        for tag in (256, 257):  # ImageWidth and ImageLength, as one long or short.
+            at = data.index(struct.pack("<H", tag))
+            struct.pack_into("<HIHH", data, at + 2, 3, 1, side, 0)
+    with pytest.raises(jpeg.UnreadableError, match=r"CV_IO_MAX_IMAGE_PIXELS|no format"):
+        jpeg.decode(bytes(data), whole, 16)
 
 
 def test_the_central_window_is_224_pixels_of_256():

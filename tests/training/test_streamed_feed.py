@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from input_pipeline.batch import Batch
+from input_pipeline.errors import DataError
 from tests.helpers import read_records, same, untimed
 from tests.images import write_tree
 from training import loop, sharding, step
+from training.checkpoints import reading
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError
-from training.run import SHARED_MEMORY, make_plan, train
+from training.run import SHARED_MEMORY, evaluate, make_plan, train
 from training.step import LOSSES
 
 FIELDS = {
@@ -50,6 +52,40 @@ def test_imagenet_trains(tmp_path, tree):
     assert [record.step for record in result.records] == list(range(1, 31))
     assert all(record.unreadable == 0 for record in result.records)
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
+
+
+def test_a_label_means_the_class_that_it_had_in_training(tmp_path):
+    """Whatever classes the tree has that a run is tested on, or goes on with."""
+    whole, some, renamed = (tmp_path / name for name in ("whole", "some", "renamed"))
+    write_tree(whole, train=24, test=12, synsets=("blue", "green", "red"))
+    for other in (some, renamed):
+        shutil.copytree(whole, other)
+    for split in ("train", "val"):
+        (renamed / split / "blue").rename(renamed / split / "z_blue")
+        # As many images, so that it can be gone on with.
+        blue, green = some / split / "blue", some / split / "green"
+        one = next(green.iterdir())
+        for image in blue.iterdir():
+            shutil.copy(one, green / f"again_{image.name}")
+        shutil.rmtree(blue)
+    fields = {"loss": "xent", "train_bs": 12, "test_bs": 12}
+    run(tmp_path, data_dir=whole, epochs=30, **fields)
+
+    def accuracy(data_dir):
+        config = TrainConfig(workdir=tmp_path / "run", eval_only=True, data_dir=data_dir, workers=0)
+        best, last = evaluate(config)
+        assert last.epochs == 30
+        return best.accuracy
+
+    assert accuracy(whole) == 1
+    assert accuracy(some) == 1
+    message = r"has classes that this run was not trained on: z_blue; it knows blue, green, red$"
+    with pytest.raises(DataError, match=message):
+        accuracy(renamed)
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, data_dir=renamed, epochs=31, **fields)
+    run(tmp_path, data_dir=some, epochs=31, **fields)
+    assert reading.saved_classes(tmp_path / "run") == ["blue", "green", "red"]
 
 
 @pytest.mark.skipif(not os.path.isdir(SHARED_MEMORY), reason="has no /dev/shm")

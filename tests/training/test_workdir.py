@@ -16,6 +16,23 @@ def test_the_default_names_data_set_arch_and_time_and_is_fresh(tmp_path, monkeyp
     assert workdir.choose(TrainConfig()).as_posix() == "runs/digits-fcn-20300102-030405-2"
 
 
+@pytest.mark.parametrize("name", ["width=[16,16]", "what?", "gs://bucket/all*"])
+def test_a_name_under_which_checkpoints_would_be_lost_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"which Orbax takes for a pattern"):
+        workdir.choose(TrainConfig(workdir=name))
+    with pytest.raises(ConfigError, match=r"which Orbax takes for a pattern"):
+        workdir.located(name)
+
+
+def test_nor_may_the_folder_above_have_such_a_name(tmp_path, monkeypatch):
+    folder = tmp_path / "lr=[1,2]"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=r"^runs/.*: has \[ in its name or above it"):
+        workdir.choose(TrainConfig())
+
+
 def test_choosing_makes_nothing(tmp_path):
     workdir.choose(TrainConfig(workdir=tmp_path / "a" / "b"))
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
@@ -101,6 +100,17 @@ def last_run(workdir: epath.Path) -> tuple[int, RunItem]:
     with reading(folder_of(workdir)) as reader:
         step, (run, _) = _last(workdir, reader, {})
     return step, run
+
+
+def saved_classes(workdir: epath.Path) -> list[str]:
+    """Returns the classes of the newest checkpoint whose item ``run`` can be read, or none."""
+    with contextlib.suppress(ConfigError), reading(folder_of(workdir)) as reader:
+        for step in reversed(reader.all_steps()):
+            # Whoever goes on from it says that it cannot be read.
+            with contextlib.suppress(Exception):
+                run, _ = read_items(reader, step, {})
+                return run.classes
+    return []
 
 
 # The result of one read: the item `run`, and the other items by name.
@@ -220,7 +230,7 @@ def folder_of(workdir: epath.Path) -> epath.Path:
     """Returns the absolute path of the folder in which a run has its checkpoints."""
     folder = workdir / CHECKPOINTS
     # TensorStore does not accept relative paths.
-    return folder if cloud.is_remote(folder) else epath.Path(Path(folder).absolute())
+    return epath.Path(cloud.absolute(folder))
 
 
 @contextlib.contextmanager
