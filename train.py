@@ -10,7 +10,7 @@ from input_pipeline.command_line import complain, parse
 from input_pipeline.errors import DataError
 from training import signals
 from training.config import TrainConfig
-from training.errors import ConfigError, NonFiniteError, SaveError
+from training.errors import ConfigError, NonFiniteError, ReadError, SaveError
 from training.signals import Stopped
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         complain(f"error: {error}")
         return 2
-    except (NonFiniteError, SaveError) as error:
+    except (NonFiniteError, ReadError, SaveError) as error:
         complain(f"stopped: {error}")
         return 1
     except RuntimeError as error:  # JAX's own is one.

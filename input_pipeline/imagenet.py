@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from etils import epath
 
-from input_pipeline import prepared
+from input_pipeline import cloud, prepared
 from input_pipeline.classes import labels, ordered
 from input_pipeline.errors import DataError
+from input_pipeline.jpeg import UnreadableError
 from input_pipeline.specs import DatasetSpec
 from input_pipeline.streaming import Record, Sources
 
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "IMAGENET_PATH"
 # Of what OpenCV decodes.
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".avif")
+
+# What ArrayRecord says where a checksum is wrong.
+DAMAGE = "Corrupted"
 
 # A process opens about so many files besides those of the data.
 OTHER_FILES = 256
@@ -55,7 +59,9 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Record:
         try:
             example = self._records[index]
-        except RuntimeError as error:  # ArrayRecord raises it where a checksum is wrong.
+        except RuntimeError as error:  # ArrayRecord raises it for whatever goes wrong.
+            if DAMAGE in str(error):
+                raise UnreadableError(str(error)) from error
             raise OSError(str(error)) from error
         return Record(example["image"], self._labels[int(example["label"])])
 
@@ -95,7 +101,9 @@ class FolderSource:
         self.size = len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        return Record(self._path(index).read_bytes(), int(self._labels[self._folder[index]]))
+        path = self._path(index)
+        with cloud.failing_as_files_do(path):
+            return Record(path.read_bytes(), int(self._labels[self._folder[index]]))
 
     def name(self, index: int) -> str:
         """Returns the path of the file."""

@@ -5,14 +5,15 @@ seed and of a position in the run. So the position of a pipeline is one number, 
 number of workers and processes. A stopped run continues with the very next example.
 """
 
+import contextlib
 import dataclasses
-import errno
 import math
 import multiprocessing
 import os
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from input_pipeline import jpeg
 from input_pipeline.batch import Batch
+from input_pipeline.errors import DataError
 from input_pipeline.specs import DatasetSpec
 
 # More workers would fill the memory of a large host with batches, for no gain.
@@ -33,6 +35,8 @@ DEVICE_BATCHES = 2
 # Batches of each worker that Grain has in shared memory at a time, as measured.
 SHARED_BATCHES = 4
 PADDING = -1
+# How long to wait before each further try to read a record.
+RETRY_SECONDS = (0.1, 1, 4)
 # Batches in an epoch of noise: enough for timing, but few enough for a short wait.
 NOISE_TRAIN_BATCHES = 100
 NOISE_EVAL_BATCHES = 10
@@ -93,7 +97,12 @@ class Source(Protocol):
     size: int
 
     def __getitem__(self, index: int) -> Record:
-        """Reads a record."""
+        """Reads a record.
+
+        Raises:
+          UnreadableError: if it is damaged.
+          OSError: if the system cannot read it.
+        """
 
     def name(self, index: int) -> str:
         """Returns the name by which a person can find the record."""
@@ -406,13 +415,15 @@ def _stream(
 
 
 def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -> Example:
-    """Makes one element of a batch, a blank of weight zero if the image cannot be read."""
+    """Makes one element of a batch, a blank of weight zero if the image cannot be decoded.
+
+    Raises:
+      DataError: if the record cannot be read, which says nothing about the image.
+    """
     try:
-        record = source[index]
+        record = _patiently(source, index)
         image = jpeg.decode(record.data, window, side)
-    except (jpeg.UnreadableError, OSError) as error:
-        if os.strerror(errno.EMFILE) in str(error):  # Nothing is wrong with the image.
-            raise
+    except jpeg.UnreadableError:
         return _blank(index, side)
     return {
         "image": image,
@@ -420,6 +431,18 @@ def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -
         "weight": np.float32(1),
         "index": np.int64(index),
     }
+
+
+def _patiently(source: Source, index: int) -> Record:
+    """Reads a record, and reads it again if the system could not."""
+    for seconds in RETRY_SECONDS:
+        with contextlib.suppress(OSError):
+            return source[index]
+        time.sleep(seconds)
+    try:
+        return source[index]
+    except OSError as error:
+        raise DataError(f"{source.name(index)}: {error.strerror or error}") from None
 
 
 def _blank(index: int, side: int) -> Example:

@@ -6,9 +6,10 @@ import time
 
 import jax
 
+from input_pipeline.errors import DataError
 from training import metrics, multihost, signals
 from training.checkpoints.saving import Saver, Snapshot
-from training.errors import NonFiniteError
+from training.errors import NonFiniteError, ReadError
 from training.feeds import Feed
 from training.records import EpochRecord, best
 from training.reporting.reporter import SilentReporter
@@ -18,6 +19,9 @@ from training.signals import Stopped
 # stop on request, long enough for the cost of a dispatch not to matter.
 DISPATCH_SECONDS = 0.25
 
+# Beyond this share of images that cannot be decoded, something is wrong with all of them.
+MAX_UNREADABLE = 0.01
+
 
 def train_epochs(
     feed: Feed, snapshot: Snapshot, epochs: int, reporter: SilentReporter, saver: Saver
@@ -26,6 +30,8 @@ def train_epochs(
 
     Raises:
       NonFiniteError: if the loss or the gradient stops being finite.
+      ReadError: if data can no longer be read, or too many images not be decoded. Where there are
+        several processes, the one that cannot read ends at once, and the others after it.
       SaveError: if the result could not be saved.
       Stopped: if a signal asked the run to stop, once everything is saved.
     """
@@ -33,9 +39,14 @@ def train_epochs(
     snapshot = dataclasses.replace(snapshot, state=feed.compile(snapshot.state))
     reporter.begin(time.perf_counter() - start)
     with signals.on_request() as request:
-        while len(snapshot.records) < epochs:
-            snapshot = train_epoch(feed, snapshot, reporter, saver, request)
-            snapshot = eval_epoch(feed, snapshot, epochs, reporter, saver, request)
+        try:
+            while len(snapshot.records) < epochs:
+                snapshot = train_epoch(feed, snapshot, reporter, saver, request)
+                snapshot = eval_epoch(feed, snapshot, epochs, reporter, saver, request)
+        except DataError as error:
+            if jax.process_count() > 1:
+                multihost.leave(str(error))
+            raise ReadError(f"{error}; {_last_good(saver)}") from error
         saver.finish()
     return snapshot
 
@@ -91,6 +102,14 @@ def eval_epoch(
     """Evaluates at the end of an epoch, out of ``epochs`` in all, and completes its record."""
     eval_sums, train_sums = jax.device_get((feed.evaluate(trained.state), trained.sums))
     averages, tested = metrics.train_averages(train_sums), metrics.averages(eval_sums)
+    unreadable = feed.unreadable(train_sums.sums, eval_sums)
+    decoded = float(train_sums.sums.examples + eval_sums.examples)
+    if unreadable and unreadable > MAX_UNREADABLE * (unreadable + decoded):
+        raise ReadError(
+            f"{unreadable:,} of {unreadable + decoded:,.0f} images of epoch "
+            f"{len(trained.records) + 1} could not be decoded, more than {MAX_UNREADABLE:.0%}; "
+            + _last_good(saver)
+        )
     record = EpochRecord(
         epoch=len(trained.records) + 1,
         step=trained.step,
@@ -100,7 +119,7 @@ def eval_epoch(
         test_accuracy=tested["accuracy"],
         seconds=trained.seconds,
         images_per_second=float(train_sums.sums.examples) / trained.seconds,
-        unreadable=feed.unreadable(train_sums.sums, eval_sums),
+        unreadable=unreadable,
         **averages,
     )
     reporter.epoch(record)
@@ -131,9 +150,13 @@ def _non_finite(sums: metrics.TrainMetrics, epoch: int, steps_per_epoch: int, sa
     loss_is_finite = math.isfinite(sums.sums.loss)
     what = "gradient summary" if loss_is_finite else "loss"
     value = sums.gradient_summary if loss_is_finite else sums.sums.loss
-    step, good = (epoch - 1) * steps_per_epoch + int(sums.steps), saver.last_good()
-    where = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+    step = (epoch - 1) * steps_per_epoch + int(sums.steps)
     return (
         f"the {what} was {value} at step {step} (epoch {epoch}), after an eta of "
-        f"{sums.eta_last:.4g}; {where}"
+        f"{sums.eta_last:.4g}; {_last_good(saver)}"
     )
+
+
+def _last_good(saver: Saver) -> str:
+    good = saver.last_good()
+    return f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"

@@ -114,6 +114,7 @@ def train(config: TrainConfig) -> Result:
       ConfigError: if a flag cannot be followed.
       DataError: if the data set cannot be had.
       NonFiniteError: if the loss or the gradient stops being finite.
+      ReadError: if data can no longer be read, or too many images not be decoded.
       SaveError: if the end could not be saved.
       Stopped: if a signal asked for it, once all is saved.
     """

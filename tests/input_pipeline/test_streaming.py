@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import imagenet, jpeg, streaming
+from input_pipeline.errors import DataError
 from input_pipeline.specs import DatasetSpec
 from tests.images import encoded, photograph, write_tree
 
@@ -26,7 +28,7 @@ TRAIN, TEST = 23, 10
 
 
 class Memory:
-    """A source whose records are given. Records that are None cannot be had."""
+    """A source whose records are given. Records that are None are damaged."""
 
     def __init__(self, images):
         self._images = images
@@ -34,7 +36,7 @@ class Memory:
 
     def __getitem__(self, index):
         if self._images[index] is None:
-            raise OSError
+            raise jpeg.UnreadableError
         return imagenet.Record(self._images[index], index)
 
     def name(self, index):
@@ -254,3 +256,28 @@ def test_a_quota_is_that_of_the_cgroup_and_of_those_around_it(tmp_path, limits, 
         (tmp_path / name / "cpu.max").write_text(limit + "\n")
     assert streaming.quota(membership, tmp_path) == cores
     assert streaming.quota(tmp_path / "none", tmp_path / "none") == math.inf
+
+
+def test_a_record_that_the_system_could_not_read_is_read_again(monkeypatch):
+    monkeypatch.setattr(streaming, "RETRY_SECONDS", (0, 0))
+    image = encoded(photograph(9, 9))
+
+    class Source:
+        size = 1
+
+        def __init__(self, failures):
+            self.failures = failures
+
+        def __getitem__(self, index):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise OSError(errno.EIO, "Input/output error")
+            return streaming.Record(image, 7)
+
+        def name(self, index):
+            return "image.jpeg"
+
+    example = streaming.EvalExamples(Source(failures=2), side=8)(0)
+    assert (example["weight"], example["label"]) == (1, 7)
+    with pytest.raises(DataError, match=r"^image\.jpeg: Input/output error$"):
+        streaming.EvalExamples(Source(failures=3), side=8)(0)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -126,13 +127,15 @@ class Cluster:
 
 
 @pytest.fixture
-def slurm(tmp_path):
+def slurm():
     missing = [name for name in DAEMONS if not shutil.which(name, path=PATH)]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (Debian: munge, slurmctld and slurmd)")
-    cluster = Cluster(tmp_path / "slurm")
-    yield cluster
-    cluster.close()
+    # Not in tmp_path: SLURM's sockets are in there, whose names may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        cluster = Cluster(Path(folder))
+        yield cluster
+        cluster.close()
 
 
 @pytest.fixture

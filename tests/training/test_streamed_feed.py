@@ -2,6 +2,7 @@ import functools
 import logging
 import os
 import shutil
+import threading
 import types
 
 import jax
@@ -10,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from input_pipeline import streaming
 from input_pipeline.batch import Batch
 from input_pipeline.errors import DataError
-from tests.helpers import read_records, same, untimed
+from tests.helpers import read_records, same, untimed, wait_for_epochs
 from tests.images import write_tree
 from training import loop, sharding, step
 from training.checkpoints import reading
 from training.config import TrainConfig
-from training.errors import ConfigError, NonFiniteError
+from training.errors import ConfigError, NonFiniteError, ReadError
 from training.run import SHARED_MEMORY, evaluate, make_plan, train
 from training.step import LOSSES
 
@@ -115,29 +117,61 @@ def test_a_convolutional_network_trains(tmp_path, tree):
     assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(result.state))
 
 
-def test_images_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_path, tree, caplog):
+def test_images_that_cannot_be_read_are_counted_named_once_and_left_out(tmp_path, caplog):
+    tree = write_tree(tmp_path / "imagenet", train=150, test=60)
     paths = sorted((tmp_path / "imagenet").glob("*/*/*.JPEG"))
     broken = [next(p for p in paths if p.parts[-3] == split) for split in ("train", "val")]
     for path in broken:
         path.write_bytes(path.read_bytes()[:300])
     with caplog.at_level(logging.WARNING, "training"):
-        result = run(tmp_path, data_dir=tree, train_bs=23, epochs=3)
+        result = run(tmp_path, data_dir=tree, train_bs=150, epochs=3)
     messages = [r.getMessage() for r in caplog.records if "cannot be read" in r.getMessage()]
     assert sorted(m.rsplit(" ", 1)[1] for m in messages) == sorted(map(str, broken))
     assert [record.unreadable for record in result.records] == [2, 2, 2]
-    rates = [r.train_accuracy * 22 for r in result.records]
+    rates = [r.train_accuracy * 149 for r in result.records]
     np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
-    rates = [r.test_accuracy * 9 for r in result.records]
+    rates = [r.test_accuracy * 59 for r in result.records]
     np.testing.assert_allclose(rates, np.round(rates), atol=1e-4)
 
 
-def test_a_run_of_nothing_but_unreadable_images_goes_on(tmp_path, tree):
-    for path in (tmp_path / "imagenet").glob("*/*/*.JPEG"):
+@pytest.mark.parametrize("broken", [1, 33])
+def test_more_unreadable_images_than_one_in_a_hundred_end_the_run(tmp_path, tree, broken):
+    paths = sorted((tmp_path / "imagenet").glob("*/*/*.JPEG"), reverse=True)
+    assert paths[0].parts[-3] == "val"
+    for path in paths[:broken]:
         path.write_bytes(b"")
-    for record in run(tmp_path, data_dir=tree).records:
-        assert record.unreadable == 30
-        assert np.isnan(record.train_loss)
-        assert np.isnan(record.test_accuracy)
+    # Of the 23 training images, an epoch takes 20.
+    number = {1: 1, 33: 30}[broken]
+    message = (
+        f"{number} of 30 images of epoch 1 could not be decoded, more than 1%; there is no "
+        "checkpoint before it"
+    )
+    with pytest.raises(ReadError, match=f"^{message}$"):
+        run(tmp_path, data_dir=tree)
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_data_that_can_no_longer_be_read_end_the_run(tmp_path, tree, monkeypatch, workers):
+    monkeypatch.setattr(streaming, "RETRY_SECONDS", (0.1,))
+
+    def move_away():
+        wait_for_epochs(tmp_path / "run", 2)
+        os.rename(tmp_path / "imagenet", tmp_path / "elsewhere")
+
+    thread = threading.Thread(target=move_away)
+    thread.start()
+    good = tmp_path / "run" / "checkpoints"
+    message = f"^{tree}/.*: No such file or directory; the last good checkpoint is {good}/\\d+$"
+    with pytest.raises(ReadError, match=message):
+        run(tmp_path, data_dir=tree, workers=workers, epochs=10_000)
+    thread.join()
+    (best, last) = evaluate(
+        TrainConfig(
+            workdir=tmp_path / "run", eval_only=True, data_dir=tmp_path / "elsewhere", workers=0
+        )
+    )
+    assert np.isfinite((best.loss, last.loss)).all()
 
 
 @pytest.mark.slow
