@@ -32,12 +32,9 @@ def one_at_a_time(tmp_path_factory):
         yield
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With ``--dist loadgroup``, gives these tests to one worker, and the others need not wait."""
-    for item in items:
-        if "one_at_a_time" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("one_at_a_time"))
+    """Puts these tests first: one worker begins with them, and the others need not wait for it."""
+    items.sort(key=lambda item: "one_at_a_time" not in item.fixturenames)
 
 
 # The same examples each time, but for some that are constants of whatever modules are loaded; and
