@@ -167,9 +167,12 @@ def _baseline_header(data: bytes) -> _Header | None:
     # A decoder would silently fill the missing part with grey. Of what follows the image, as in a
     # phone's moving photo, nothing is known.
     try:
-        data.index(b"\xff\xd9", _segment(data, offset, {SCAN}))
-    except (IndexError, ValueError) as error:
-        raise UnreadableError("is cut off: it has no end-of-image marker") from error
+        # From the end, where it usually is.
+        whole = data.rfind(b"\xff\xd9", _segment(data, offset, {SCAN})) >= 0
+    except IndexError:
+        whole = False
+    if not whole:
+        raise UnreadableError("is cut off: it has no end-of-image marker")
     return _Header(height, width, offset + 5)
 
 
