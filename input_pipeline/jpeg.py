@@ -16,15 +16,12 @@ import struct
 from collections.abc import Callable, Set
 from typing import NamedTuple, TypeAlias
 
+import cv2
 import numpy as np
 import simplejpeg
 
-# A header may claim any size. No real photograph has this many pixels.
-MAX_PIXELS = 2**27
-# OpenCV's own limit, for all formats, which it reads when it is loaded. It is eight times as high.
-os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MAX_PIXELS)
-
-import cv2  # noqa: E402
+# OpenCV's limit, which it keeps to itself for other formats.
+MAX_PIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])
 
 # The bounds of training windows: their share of the area, and width / height.
 AREA = (0.08, 1.0)
