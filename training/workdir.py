@@ -80,6 +80,16 @@ def _now() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
+@contextlib.contextmanager
+def _explained(path: epath.Path) -> Iterator[None]:
+    """Raises ConfigError, which names the folder, for what the system or a bucket refuses."""
+    try:
+        with cloud.failing_as_files_do(path):
+            yield
+    except OSError as error:
+        raise ConfigError(f"--workdir {path}: {error.strerror}") from error
+
+
 def unused(path: epath.Path) -> epath.Path:
     """Returns the path, with a number appended if it exists already."""
     names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
@@ -101,14 +111,13 @@ def held(path: epath.Path) -> Iterator[None]:
     import filelock
 
     lock = filelock.FileLock(path / LOCK_FILE)
-    try:
+    with _explained(path):
         path.mkdir(parents=True, exist_ok=True)
-        # The system releases the lock when the process ends, however it ends.
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise ConfigError(f"--workdir {path}: another run is using it; give another") from error
-    except OSError as error:
-        raise ConfigError(f"--workdir {path}: {error.strerror}") from error
+        try:
+            # The system releases the lock when the process ends, however it ends.
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise ConfigError(f"--workdir {path}: another run is using it; give another") from error
     try:
         yield
     finally:
@@ -126,10 +135,8 @@ def token(path: epath.Path) -> Iterator[str]:
       ConfigError: if it cannot be written.
     """
     file = path / f".token-{secrets.token_hex(8)}"
-    try:
+    with _explained(path):
         write(file, b"")
-    except OSError as error:
-        raise ConfigError(f"--workdir {path}: {error.strerror}") from error
     try:
         yield file.name
     finally:
@@ -139,22 +146,19 @@ def token(path: epath.Path) -> Iterator[str]:
 
 def find_token(path: epath.Path, name: str) -> None:
     """Raises ConfigError if this process does not find in the folder what process 0 left there."""
+
+    def found() -> bool:
+        with _explained(path):
+            return (path / name).exists()
+
     deadline = time.monotonic() + SEEN_SECONDS
-    while not _exists(path / name):
+    while not found():
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"--workdir {path}: on {socket.gethostname()} this is not the folder that process "
                 "0 writes in; give one that all processes share"
             )
         time.sleep(0.1)
-
-
-def _exists(path: epath.Path) -> bool:
-    try:
-        with cloud.failing_as_files_do(path):
-            return path.exists()
-    except OSError as error:
-        raise ConfigError(f"--workdir {path.parent}: {error.strerror}") from error
 
 
 def set_aside(path: epath.Path, restart: bool) -> str:
@@ -168,11 +172,8 @@ def set_aside(path: epath.Path, restart: bool) -> str:
     Raises:
       ConfigError: if they cannot be moved.
     """
-    try:
-        with cloud.failing_as_files_do(path):
-            return _set_aside(path) if restart or _has_only_metrics(path) else ""
-    except OSError as error:
-        raise ConfigError(f"--workdir {path}: {error.strerror}") from error
+    with _explained(path):
+        return _set_aside(path) if restart or _has_only_metrics(path) else ""
 
 
 def _set_aside(path: epath.Path) -> str:
