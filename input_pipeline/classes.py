@@ -5,10 +5,15 @@ from collections.abc import Iterable, Sequence
 from input_pipeline.errors import DataError
 
 
+def are_numbers(names: Iterable[str]) -> bool:
+    """Returns whether all names are numbers."""
+    return all(map(str.isdecimal, names))
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Returns the names in order: that of the numbers if all are numbers, else of the alphabet."""
     found = sorted(names)
-    return sorted(found, key=int) if all(map(str.isdecimal, found)) else found
+    return sorted(found, key=int) if are_numbers(found) else found
 
 
 def labels(names: Sequence[str], known: Sequence[str], origin: str) -> list[int]:

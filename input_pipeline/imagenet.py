@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from input_pipeline import cloud, prepared
-from input_pipeline.classes import labels, ordered
+from input_pipeline.classes import are_numbers, labels, ordered
 from input_pipeline.errors import DataError
 from input_pipeline.jpeg import UnreadableError
 from input_pipeline.specs import DatasetSpec
@@ -262,6 +262,6 @@ def _classes(spec: DatasetSpec, root: epath.Path, folders: set[str]) -> list[str
             f"--data_dir {root}: has {len(others)} classes, more than the {spec.num_classes} of "
             f"{spec.name}"
         )
-    if others and all(map(str.isdecimal, others)):
+    if others and are_numbers(others):
         log.info("--data_dir %s: the classes are numbers, and in their order", root)
     return ordered(others) or list(synsets)

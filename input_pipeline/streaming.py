@@ -5,7 +5,6 @@ seed and of a position in the run. So the position of a pipeline is one number, 
 number of workers and processes. A stopped run continues with the very next example.
 """
 
-import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -13,7 +12,6 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
@@ -26,6 +24,7 @@ import numpy as np
 from input_pipeline import jpeg
 from input_pipeline.batch import Batch
 from input_pipeline.errors import DataError
+from input_pipeline.patience import patiently
 from input_pipeline.specs import DatasetSpec
 
 # More workers would fill the memory of a large host with batches, for no gain.
@@ -421,7 +420,7 @@ def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -
       DataError: if the record cannot be read, which says nothing about the image.
     """
     try:
-        record = _patiently(source, index)
+        record = _read(source, index)
         image = jpeg.decode(record.data, window, side)
     except jpeg.UnreadableError:
         return _blank(index, side)
@@ -433,14 +432,11 @@ def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -
     }
 
 
-def _patiently(source: Source, index: int) -> Record:
+def _read(source: Source, index: int) -> Record:
     """Reads a record, and reads it again if the system could not."""
-    for seconds in RETRY_SECONDS:
-        with contextlib.suppress(OSError):
-            return source[index]
-        time.sleep(seconds)
+    by_system = lambda error: isinstance(error, OSError)
     try:
-        return source[index]
+        return patiently(lambda: source[index], RETRY_SECONDS, by_system)
     except OSError as error:
         raise DataError(f"{source.name(index)}: {error.strerror or error}") from None
 

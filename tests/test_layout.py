@@ -37,6 +37,7 @@ INPUT_PIPELINE = (
     "classes",
     "command_line",
     "specs",
+    "patience",
     "batch",
     "jpeg",
     "prepared",

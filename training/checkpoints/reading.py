@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import re
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from etils import epath
 from flax import nnx
 
 from input_pipeline import cloud
+from input_pipeline.patience import patiently
 from training.config import TrainConfig
 from training.errors import ConfigError
 from training.records import EpochRecord, best_step, from_json
@@ -282,10 +282,12 @@ def newest_readable(
     Returns:
       Its step and the result of reading it, if there is one; and the steps of the damaged ones.
     """
+    by_system = lambda error: not _is_damage(error)
     damaged: list[int] = []
     for step in reversed(reader.all_steps()):
         try:
-            return (step, _patiently(functools.partial(read, step))), damaged
+            found = patiently(functools.partial(read, step), RETRY_SECONDS, by_system)
+            return (step, found), damaged
         except ConfigError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many for damaged files.
@@ -296,18 +298,6 @@ def newest_readable(
             log.warning("%s: cannot be read (%s)", path, one_line(error))
             damaged.append(step)
     return None, damaged
-
-
-def _patiently(read: Callable[[], T]) -> T:
-    """Reads, and reads again if it was the system that could not."""
-    for seconds in RETRY_SECONDS:
-        try:
-            return read()
-        except Exception as error:
-            if _is_damage(error):
-                raise
-        time.sleep(seconds)
-    return read()
 
 
 def _is_damage(error: BaseException) -> bool:
