@@ -1,38 +1,64 @@
-"""A run of this project, as what `epoch.py` and `memory.py` measure."""
+"""A run of this project, as what `epoch.py`, `memory.py` and `resnet50.py` measure."""
+
+from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from input_pipeline.batch import Batch
+from input_pipeline.resident import Arrays
 from training import run, sharding
 from training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from input_pipeline.streaming import Sources
 
-class Ours:
+
+class Started:
+    """A run at its start.
+
+    Attributes:
+      plan: what is trained and how.
+      data: on the host.
+      feed: the data, and the programs that use them.
+      state: of the training.
+    """
+
+    def __init__(self, config: TrainConfig):
+        config = config.resolved()
+        self.plan = run.make_plan(config, sharding.make_mesh(config))
+        self.data = self.load(config)
+        self.feed = run.make_feed(self.plan, self.data)
+        self.state = self.feed.compile(self.plan.create_train_state())
+
+    def load(self, config: TrainConfig) -> Arrays | Sources:
+        """The data of the config."""
+        return run.load_data(config)
+
+
+class Ours(Started):
     """A run on CIFAR-10, at its start.
 
     Attributes:
       spec: the data set.
-      data: its arrays, on the host.
-      state: of the training.
     """
 
     def __init__(self, arch: str, batch_size: int, data_dir: str | None, precision: str = "f32"):
-        config = TrainConfig(
-            arch=arch,
-            dataset="cifar10",
-            data_dir=data_dir,
-            train_bs=batch_size,
-            test_bs=batch_size,
-            precision=precision,
-        ).resolved()
-        plan = run.make_plan(config, sharding.make_mesh(config))
-        self.spec, self.data = config.spec, run.load_data(config)
-        self.feed = run.make_feed(plan, self.data)
-        self.state = self.feed.compile(plan.create_train_state())
-        self._step = jax.jit(plan.train_step, donate_argnums=0)
+        super().__init__(
+            TrainConfig(
+                arch=arch,
+                dataset="cifar10",
+                data_dir=data_dir,
+                train_bs=batch_size,
+                test_bs=batch_size,
+                precision=precision,
+            )
+        )
+        self.spec = self.plan.config.spec
+        self._step = jax.jit(self.plan.train_step, donate_argnums=0)
 
     def train(self, steps: int) -> None:
         """Takes steps of the run, as many as an epoch has or fewer."""

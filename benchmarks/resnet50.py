@@ -26,8 +26,9 @@ import tyro
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
 from benchmarks import input_pipeline
+from benchmarks.ours import Started
 from input_pipeline import imagenet
-from training import run, sharding
+from input_pipeline.streaming import Sources
 from training.config import TrainConfig
 
 
@@ -85,33 +86,36 @@ def timed(train: Callable[[int], None], options: Options) -> float:
     return options.steps * options.batch_size / (time.perf_counter() - start)
 
 
-class Ours:
+class Ours(Started):
     """Training as `train.py` does it, on data that never end."""
 
     def __init__(self, options: Options, dataset: str):
-        config = TrainConfig(
-            arch="resnet50",
-            dataset=dataset,
-            data_dir=options.data_dir if dataset == "imagenet" else None,
-            image_size=options.image_size,
-            train_bs=options.batch_size,
-            test_bs=options.batch_size,
-            precision="bf16",
-            workers=options.workers if dataset == "imagenet" else None,
-        ).resolved()
-        plan = run.make_plan(config, sharding.make_mesh(config))
-        data = run.load_data(config)
-        if dataset == "imagenet":
-            data = data._replace(train=input_pipeline.Repeated(data.train))
-        self._feed = run.make_feed(plan, data)
-        self._state = self._feed.compile(plan.create_train_state())
+        super().__init__(
+            TrainConfig(
+                arch="resnet50",
+                dataset=dataset,
+                data_dir=options.data_dir if dataset == "imagenet" else None,
+                image_size=options.image_size,
+                train_bs=options.batch_size,
+                test_bs=options.batch_size,
+                precision="bf16",
+                workers=options.workers if dataset == "imagenet" else None,
+            )
+        )
         self._taken = 0
+
+    def load(self, config: TrainConfig) -> Sources:
+        """The data of the config, JPEGs as often as it takes to have as many as ImageNet."""
+        data = super().load(config)
+        if config.dataset == "imagenet":
+            data = data._replace(train=input_pipeline.Repeated(data.train))
+        return data
 
     def __call__(self, steps: int) -> None:
         """Takes steps, and waits for them."""
         self._taken += steps
-        self._state, _ = self._feed.train(self._state, self._feed.zero_metrics(), self._taken)
-        jax.block_until_ready(self._state)
+        self.state, _ = self.feed.train(self.state, self.feed.zero_metrics(), self._taken)
+        jax.block_until_ready(self.state)
 
 
 class Timm:
