@@ -6,13 +6,10 @@ number of workers and processes. A stopped run continues with the very next exam
 """
 
 import dataclasses
-import math
 import multiprocessing
 import os
-import re
 import signal
 import threading
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import absl.flags
@@ -23,12 +20,11 @@ import numpy as np
 
 from input_pipeline import jpeg
 from input_pipeline.batch import Batch
+from input_pipeline.cores import cores
 from input_pipeline.errors import DataError
 from input_pipeline.patience import patiently
 from input_pipeline.specs import DatasetSpec
 
-# More workers would fill the memory of a large host with batches, for no gain.
-MAX_WORKERS = 32
 # Batches that wait on the devices: one ready, one on its way.
 DEVICE_BATCHES = 2
 # Batches of each worker that Grain has in shared memory at a time, as measured.
@@ -39,48 +35,6 @@ RETRY_SECONDS = (0.1, 1, 4)
 # Batches in an epoch of noise: enough for timing, but few enough for a short wait.
 NOISE_TRAIN_BATCHES = 100
 NOISE_EVAL_BATCHES = 10
-
-
-def default_workers(processes: int = 1) -> int:
-    """Returns one worker per core that this process may use, less one to feed the devices.
-
-    Args:
-      processes: how many processes of the run share these cores.
-    """
-    return min(MAX_WORKERS, max(1, _cores() // processes - 1))
-
-
-def _cores() -> int:
-    """Returns how many cores this process may use, by its affinity and the quota of its cgroup."""
-    return max(1, math.floor(min(len(affinity()), quota())))
-
-
-def affinity() -> list[int]:
-    """Returns the numbers of the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def quota(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> float:
-    """Returns how many cores' time the cgroup of this process, and those around it, allow.
-
-    As the kernel's documentation of cgroup v2 describes ``cpu.max``; infinite without a limit.
-
-    Args:
-      membership: the file that names the cgroup.
-      root: the folder of all cgroups.
-    """
-    found = re.search("^0::/(.*)$", membership.read_text(), re.M) if membership.exists() else None
-    cgroup = Path(found[1] if found else ".")
-    allowed = math.inf
-    for file in (root / folder / "cpu.max" for folder in (cgroup, *cgroup.parents)):
-        if file.exists():
-            limit, period = file.read_text().split()
-            allowed = min(allowed, math.inf if limit == "max" else int(limit) / int(period))
-    return allowed
 
 
 class Record(NamedTuple):
@@ -367,7 +321,7 @@ def host_batches(
     if not absl.flags.FLAGS.is_parsed():
         absl.flags.FLAGS.mark_as_parsed()
     # A worker makes one batch after another. Threads would only compete for its interpreter.
-    threads = 0 if workers else _cores()
+    threads = 0 if workers else cores()
     processes = grain.multiprocessing.MultiprocessingOptions(workers) if workers else None
     # Of so many examples, Grain's iterator reads the first.
     stride = batch_size // len(rows)

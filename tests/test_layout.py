@@ -38,6 +38,7 @@ INPUT_PIPELINE = (
     "command_line",
     "specs",
     "patience",
+    "cores",
     "batch",
     "jpeg",
     "prepared",

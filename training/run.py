@@ -18,7 +18,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from input_pipeline import resident
+from input_pipeline import cores, resident
 from input_pipeline.resident import Arrays
 from training import compilation_cache, loop, metrics, multihost, sharding, state, step, workdir
 from training.checkpoints import reading
@@ -313,8 +313,8 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
     # Counted and checked in every process, since --workers and hosts may differ.
     host = socket.gethostname()
     on_host = multihost.count_alike(host)
-    on_cores = multihost.count_alike(host, streaming.affinity())
-    workers = streaming.default_workers(on_cores) if config.workers is None else config.workers
+    on_cores = multihost.count_alike(host, cores.affinity())
+    workers = cores.default_workers(on_cores) if config.workers is None else config.workers
     shares = (streaming.rows_of_process(split, n) for n in (config.train_bs, config.test_bs))
     images = on_host * sum(map(len, shares))
     multihost.in_every(lambda: _check_shared_memory(config, workers, images))

@@ -1,7 +1,6 @@
 import errno
 import itertools
 import json
-import math
 
 import grain
 import jax
@@ -227,35 +226,6 @@ def test_what_cannot_be_read_weighs_nothing_and_is_named(train_stream):
         assert not np.asarray(batch.images)[weights == 0].any()
         unreadable += list(bad)
     assert sorted(unreadable) == [3, 7]
-
-
-@pytest.mark.parametrize(
-    ("available", "processes", "workers"),
-    [(1, 1, 1), (2, 1, 1), (8, 1, 7), (8, 2, 3), (8, 8, 1), (200, 1, streaming.MAX_WORKERS)],
-)
-def test_by_default_a_core_is_left_for_the_devices(monkeypatch, available, processes, workers):
-    monkeypatch.setattr(streaming, "_cores", lambda: available)
-    assert streaming.default_workers(processes) == workers
-
-
-@pytest.mark.parametrize(
-    ("limits", "cores"),
-    [
-        ({}, math.inf),
-        ({"job/step": "max 100000"}, math.inf),
-        ({"job/step": "250000 100000", "job": "max 100000"}, 2.5),
-        ({"job/step": "800000 100000", "job": "400000 100000"}, 4),
-        ({"": "50000 100000", "other": "1 1"}, 0.5),
-    ],
-)
-def test_a_quota_is_that_of_the_cgroup_and_of_those_around_it(tmp_path, limits, cores):
-    membership = tmp_path / "membership"
-    membership.write_text("1:cpu:/elsewhere\n0::/job/step\n")
-    for name, limit in limits.items():
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / name / "cpu.max").write_text(limit + "\n")
-    assert streaming.quota(membership, tmp_path) == cores
-    assert streaming.quota(tmp_path / "none", tmp_path / "none") == math.inf
 
 
 def test_a_record_that_the_system_could_not_read_is_read_again(monkeypatch):

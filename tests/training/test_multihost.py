@@ -82,17 +82,17 @@ def train(devices, *flags, cwd=None):
 
 ON_CORES = """
 import os, sys
-from input_pipeline import streaming
+from input_pipeline import cores
 from training import multihost
 from training.config import TrainConfig
 
-coordinator, process_id, cores = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-if cores != "all":
-    os.sched_setaffinity(0, {int(cores)})
+coordinator, process_id, core = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+if core != "all":
+    os.sched_setaffinity(0, {int(core)})
 multihost.initialize(TrainConfig(
     distribute=True, coordinator=coordinator, num_processes=3, process_id=process_id
 ))
-print(multihost.count_alike("host"), multihost.count_alike("host", streaming.affinity()))
+print(multihost.count_alike("host"), multihost.count_alike("host", cores.affinity()))
 """
 
 
