@@ -75,7 +75,8 @@ def one_process(
     config = TrainConfig(mesh="data=2", **meet if processes > 1 else {}).resolved()
     run.start(config)
     seconds: dict[str, list[float]] = {}
-    with run.planned(config) as plan:
+    with run.devices(config) as mesh:
+        plan = run.make_plan(config, mesh)
         feed = run.make_feed(plan, run.load_data(config))
         state, sums, step = feed.compile(plan.create_train_state()), feed.zero_metrics(), 0
         for _ in range(turns):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import shlex
@@ -10,12 +9,12 @@ import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from etils import epath
 
-from input_pipeline import cloud, prepared
-from input_pipeline.classes import are_numbers, labels, ordered
+from input_pipeline import prepared
+from input_pipeline.classes import labels, ordered
 from input_pipeline.errors import DataError
+from input_pipeline.folders import sources, tree
 from input_pipeline.jpeg import UnreadableError
 from input_pipeline.specs import DatasetSpec
 from input_pipeline.streaming import Record, Sources
@@ -23,11 +22,7 @@ from input_pipeline.streaming import Record, Sources
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
-log = logging.getLogger(__name__)
-
 ENVIRONMENT_VARIABLE = "IMAGENET_PATH"
-# Of what OpenCV decodes.
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".jp2", ".avif")
 
 # What ArrayRecord says where a checksum is wrong.
 DAMAGE = "Corrupted"
@@ -76,47 +71,6 @@ class ArrayRecordSource:
     def fingerprint(self) -> int:
         """Returns a number that follows from the sizes of the split and of its files."""
         return zlib.crc32(repr(self._sizes).encode())
-
-
-class FolderSource:
-    """A split as a tree ``<class>/<image>.JPEG``.
-
-    Its names, more than a million, are kept as one array of bytes, which is cheap to send.
-    """
-
-    def __init__(self, root: epath.Path, names: dict[str, list[str]], classes: dict[str, int]):
-        """Keeps the names.
-
-        Args:
-          root: the folder of the split, which may be in a bucket.
-          names: the names of the files in each of its folders.
-          classes: the label of each folder.
-        """
-        self._root = root
-        self._folders = list(names)
-        sizes = [len(files) for files in names.values()]
-        self._names = np.array([os.fsencode(file) for files in names.values() for file in files])
-        self._folder = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        self._labels = np.array([classes[folder] for folder in self._folders], np.int32)
-        self.size = len(self._names)
-
-    def __getitem__(self, index: int) -> Record:
-        path = self._path(index)
-        with cloud.failing_as_files_do(path):
-            return Record(path.read_bytes(), int(self._labels[self._folder[index]]))
-
-    def name(self, index: int) -> str:
-        """Returns the path of the file."""
-        return os.fspath(self._path(index))
-
-    def fingerprint(self) -> int:
-        """Returns a number that follows from the names of the files and their classes."""
-        names = zlib.crc32(b"\n".join(self._names), zlib.crc32(repr(self._folders).encode()))
-        return zlib.crc32(self._labels[self._folder].data, names)
-
-    def _path(self, index: int) -> epath.Path:
-        folder: str = self._folders[self._folder[index]]
-        return self._root / folder / os.fsdecode(self._names[index])
 
 
 def find(
@@ -210,40 +164,9 @@ def _allow_open_files(count: int, root: epath.Path) -> None:
 
 
 def _folders(spec: DatasetSpec, root: epath.Path, known: Sequence[str]) -> Sources:
-    splits = {split: _image_names(root / split) for split in ("train", "val")}
-    for split, names in splits.items():
-        if not names:
-            raise DataError(
-                f"--data_dir {root}: {split} has no folders of images, one for each class"
-            )
-    folders = set().union(*splits.values())
-    known = known or _classes(spec, root, folders)
-    present = ordered(folders)
-    classes = dict(zip(present, labels(present, known, f"--data_dir {root}"), strict=True))
-    train, test = (FolderSource(root / s, names, classes) for s, names in splits.items())
-    return Sources(train, test, tuple(known))
-
-
-def _image_names(folder: epath.Path) -> dict[str, list[str]]:
-    """Returns the sorted names of the images in each subfolder, in sorted order.
-
-    Raises:
-      DataError: if a subfolder has no images, or is a link that leads nowhere.
-    """
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.is_file():
-            continue
-        if not path.is_dir():
-            raise DataError(f"--data_dir {path}: a link that leads nowhere; remove it")
-        files = (p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
-        found[path.name] = sorted(name for name in files if not name.startswith("."))
-        if not found[path.name]:
-            raise DataError(
-                f"--data_dir {path}: a class without images (files that end in "
-                f"{' '.join(SUFFIXES)}); add some, or remove it"
-            )
-    return found
+    train, test = (tree(root / split) for split in ("train", "val"))
+    folders = {*train.names, *test.names}
+    return sources(root, train, test, known or _classes(spec, root, folders))
 
 
 def _classes(spec: DatasetSpec, root: epath.Path, folders: set[str]) -> list[str]:
@@ -262,6 +185,4 @@ def _classes(spec: DatasetSpec, root: epath.Path, folders: set[str]) -> list[str
             f"--data_dir {root}: has {len(others)} classes, more than the {spec.num_classes} of "
             f"{spec.name}"
         )
-    if others and are_numbers(others):
-        log.info("--data_dir %s: the classes are numbers, and in their order", root)
     return ordered(others) or list(synsets)

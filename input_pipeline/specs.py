@@ -11,15 +11,16 @@ class DatasetSpec:
     Attributes:
       name: its name for ``--dataset``.
       image_shape: ``(height, width, channels)`` of an image as the network sees it.
-      num_classes: the number of classes. Labels are ``0 .. num_classes - 1``.
+      num_classes: the number of classes, 0 if only the data tell. Labels are
+        ``0 .. num_classes - 1``.
       mean: the mean of each channel, for pixels scaled to ``[0, 1]``.
       std: the standard deviation of each channel, likewise.
       augment: whether training images are padded by 4, cropped at random and flipped.
       tfds_name: its name in TensorFlow Datasets, empty if it is not there.
       loss: the default of ``--loss``.
       loader: the source of its data: ``digits``, scikit-learn; ``tfds``, a prepared folder of
-        TensorFlow Datasets, decoded whole; ``imagenet``, records that are streamed; ``noise``,
-        none.
+        TensorFlow Datasets, decoded whole; ``imagenet``, records that are streamed; ``folder``,
+        image files, decoded whole if they are few and streamed if they are many; ``noise``, none.
     """
 
     name: str
@@ -30,17 +31,12 @@ class DatasetSpec:
     augment: bool = False
     tfds_name: str = ""
     loss: Literal["mse", "xent"] = "mse"
-    loader: Literal["digits", "tfds", "imagenet", "noise"] = "tfds"
+    loader: Literal["digits", "tfds", "imagenet", "folder", "noise"] = "tfds"
 
     @property
     def stored(self) -> bool:
         """Whether it is read from a folder that a user may choose."""
-        return self.loader in ("tfds", "imagenet")
-
-    @property
-    def streamed(self) -> bool:
-        """Whether it is too large to live on the device. Its images may then be of any size."""
-        return self.loader in ("imagenet", "noise")
+        return self.loader in ("tfds", "imagenet", "folder")
 
 
 SPECS = {
@@ -76,6 +72,16 @@ SPECS = {
             tfds_name="imagenet2012",
             loss="xent",
             loader="imagenet",
+        ),
+        DatasetSpec(
+            "image_folder",
+            (224, 224, 3),
+            0,
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+            augment=True,
+            loss="xent",
+            loader="folder",
         ),
         DatasetSpec(
             "synthetic_imagenet",

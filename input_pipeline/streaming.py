@@ -149,7 +149,7 @@ class TrainExamples:
         def window(height: int, width: int) -> jpeg.Window:
             return jpeg.random_window(rng, height, width)
 
-        example = _example(self.source, index, window, self.side)
+        example = make_example(self.source, index, window, self.side)
         if flipped:
             example["image"] = jpeg.mirrored(example["image"])
         return example
@@ -175,7 +175,7 @@ class EvalExamples:
         """Makes the example from record ``index``."""
         if index >= self.source.size:
             return _blank(PADDING, self.side)
-        return _example(self.source, index, jpeg.central_window, self.side)
+        return make_example(self.source, index, jpeg.central_window, self.side)
 
 
 def train_stream(
@@ -367,7 +367,7 @@ def _stream(
     return iter(ready)
 
 
-def _example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -> Example:
+def make_example(source: Source, index: int, window: jpeg.ChooseWindow, side: int) -> Example:
     """Makes one element of a batch, a blank of weight zero if the image cannot be decoded.
 
     Raises:

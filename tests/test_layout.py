@@ -44,6 +44,7 @@ INPUT_PIPELINE = (
     "prepared",
     "resident",
     "streaming",
+    "folders",
     "imagenet",
     "prepare",
 )

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -41,6 +41,9 @@ IDENTITY = (
     "gain",
     "seed",
     "image_size",
+    "mean",
+    "std",
+    "num_classes",
     "precision",
 )
 
@@ -64,7 +67,7 @@ class TrainConfig:
     """The network."""
     dataset: Annotated[str, _flag(DATASETS)] = "digits"
     """The data set."""
-    loss: Annotated[str | None, _flag(LOSSES, "mse, on imagenet xent")] = None
+    loss: Annotated[str | None, _flag(LOSSES, "mse; imagenet and image_folder: xent")] = None
     """Mean squared error or cross-entropy."""
     train_bs: int = 128
     """Examples in a training batch, over all devices together."""
@@ -83,15 +86,21 @@ class TrainConfig:
     seed: int = 0
     """Fixes starting weights, order and augmentation."""
     image_size: Annotated[int | None, _flag(("PIXELS",), "224")] = None
-    """Side of imagenet's images as the network sees them."""
+    """Side of the images of imagenet and image_folder as the network sees them."""
+    mean: Annotated[tuple[float, float, float] | None, _flag(("R G B",), "imagenet's")] = None
+    """Mean of image_folder's pixels, scaled to 0 to 1."""
+    std: Annotated[tuple[float, float, float] | None, _flag(("R G B",), "imagenet's")] = None
+    """Standard deviation of image_folder's pixels, likewise."""
+    num_classes: Annotated[int | None, tyro.conf.Suppress] = None
+    """Classes of image_folder, which are found in the data."""
     workers: Annotated[int | None, _flag(("INT",), "one for each core but one")] = None
-    """Processes that decode imagenet's training images, and as many that wait to decode its
-    test images; 0 decodes in threads."""
+    """Processes that decode training images of imagenet, or of an image_folder too large to be held
+    on the device, and as many that wait to decode test images; 0 decodes in threads."""
     data_dir: Annotated[
         str | None, _flag(("DIR",), "$TFDS_DATA_DIR, else ~/tensorflow_datasets")
     ] = None
-    """Where TensorFlow Datasets keeps its data; for imagenet also a folder with train and val.
-    Either may be in a bucket, gs://bucket/folder."""
+    """Where TensorFlow Datasets keeps its data; for imagenet also, and for image_folder always, a
+    folder with train and val. Either may be in a bucket, gs://bucket/folder."""
     workdir: Annotated[
         epath.Path | None, FOLDER, _flag(("DIR",), "runs/<dataset>-<arch>-<time>")
     ] = None
@@ -150,14 +159,25 @@ class TrainConfig:
         self._check_bn_group()
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"--workers {self.workers}: must be at least 0")
-        for name, loaders in (("image_size", ("imagenet", "noise")), ("workers", ("imagenet",))):
+        for name, loaders in (
+            ("image_size", ("imagenet", "folder", "noise")),
+            ("workers", ("imagenet", "folder")),
+            ("mean", ("folder",)),
+            ("std", ("folder",)),
+        ):
             if getattr(self, name) is not None and SPECS[self.dataset].loader not in loaders:
-                fitting = " and ".join(n for n, spec in SPECS.items() if spec.loader in loaders)
+                fitting = ", ".join(n for n, spec in SPECS.items() if spec.loader in loaders)
                 raise ConfigError(
                     f"--{name} {getattr(self, name)}: is for {fitting}, not for {self.dataset}"
                 )
+        if not all(map(math.isfinite, self.mean or ())):
+            raise ConfigError(f"--mean {self.mean}: must be finite")
+        if not all(0 < x < math.inf for x in self.std or ()):
+            raise ConfigError(f"--std {self.std}: must be positive and finite")
         if self.data_dir is not None and not SPECS[self.dataset].stored:
             raise ConfigError(f"--data_dir {self.data_dir}: {self.dataset} is read from no folder")
+        if self.data_dir is None and SPECS[self.dataset].loader == "folder":
+            raise ConfigError(f"--dataset {self.dataset}: give its folder as --data_dir")
         if not 0 < self.gain < math.inf:
             raise ConfigError(f"--gain {self.gain}: must be positive and finite; AGD has 1")
         if not 0 <= self.seed < 2**32:
@@ -222,12 +242,22 @@ class TrainConfig:
 
     @property
     def spec(self) -> DatasetSpec:
-        """The data set, with its images in the size that the network is to see."""
+        """The data set, with what the config and the data say of it."""
         spec = SPECS[self.dataset]
-        if self.image_size is None:
-            return spec
-        shape = (self.image_size, self.image_size, spec.image_shape[2])
-        return dataclasses.replace(spec, image_shape=shape)
+        height, width, channels = spec.image_shape
+        return dataclasses.replace(
+            spec,
+            image_shape=(self.image_size or height, self.image_size or width, channels),
+            num_classes=self.num_classes or spec.num_classes,
+            mean=self.mean or spec.mean,
+            std=self.std or spec.std,
+        )
+
+    def for_classes(self, classes: Sequence[str]) -> "TrainConfig":
+        """Returns the config with the number of classes, if only the data tell."""
+        if SPECS[self.dataset].num_classes:
+            return self
+        return dataclasses.replace(self, num_classes=len(classes))
 
     @property
     def mesh_axes(self) -> dict[str, int] | None:
@@ -297,7 +327,9 @@ class TrainConfig:
           ConfigError: if it is not what ``to_json`` gives.
         """
         if isinstance(fields, dict):
-            # In JSON, a path is text.
+            # JSON has neither tuples nor paths.
+            tuples = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+            fields = fields | tuples
             if isinstance(fields.get("workdir"), str):
                 fields = fields | {"workdir": epath.Path(fields["workdir"])}
             # Earlier versions saved fcn's depth and width with every network.

@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from input_pipeline.errors import DataError
+from input_pipeline.errors import MAX_UNREADABLE, DataError
 from training import metrics, multihost, signals
 from training.checkpoints.saving import Saver, Snapshot
 from training.errors import NonFiniteError, ReadError
@@ -18,9 +18,6 @@ from training.signals import Stopped
 # The target duration of one dispatch of steps, in seconds: short enough for a live bar and a prompt
 # stop on request, long enough for the cost of a dispatch not to matter.
 DISPATCH_SECONDS = 0.25
-
-# Beyond this share of images that cannot be decoded, something is wrong with all of them.
-MAX_UNREADABLE = 0.01
 
 
 def train_epochs(

@@ -85,6 +85,11 @@ def from_json(cls: type[T], fields: object) -> T:
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        hints = get_args(hint)
+        return (
+            isinstance(value, tuple) and len(value) == len(hints) and all(map(_fits, value, hints))
+        )
     if isinstance(value, bool):  # Which Python counts among the whole numbers.
         return hint is bool
     # JSON does not tell whole numbers from real ones.

@@ -124,8 +124,10 @@ def train(config: TrainConfig) -> Result:
     folder = epath.Path(multihost.broadcast_from_primary(choose))
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
-        plan = enter(planned(config))
+        mesh = enter(devices(config))
         data = load_data(config, () if config.restart else reading.saved_classes(folder))
+        config = config.for_classes(data.classes)
+        plan = make_plan(config, mesh)
         _check_batch_fits(config, data)
         hold = lambda: enter(workdir.held(folder)) or ""  # Only process 0.
         multihost.broadcast_from_primary(hold)
@@ -170,8 +172,9 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
     found = f"{step}, fingerprint {run.fingerprint()}"
     multihost.check_same(lambda: {"last checkpoint of --workdir": found})
     config = _merged(given, run.resolved_config())
-    with planned(config) as plan:
+    with devices(config) as mesh:
         data = load_data(config, run.classes)
+        plan = make_plan(config, mesh)
         with contextlib.closing(make_feed(plan, data)) as feed:
             results = _evaluate(plan, feed, folder)
     if multihost.is_primary():
@@ -229,12 +232,12 @@ def start(config: TrainConfig) -> None:
 
 
 @contextlib.contextmanager
-def planned(config: TrainConfig) -> Iterator[Plan]:
-    """Plans what is trained, in the precision that the config asks for while it is open."""
+def devices(config: TrainConfig) -> Iterator[Mesh]:
+    """Returns the devices, which compute in the precision that the config asks for meanwhile."""
     with jax.enable_x64(config.precision == "f64"):
         mesh = sharding.make_mesh(config)
         compilation_cache.enable(mesh.devices.flat[0].platform)
-        yield make_plan(config, mesh)
+        yield mesh
 
 
 def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
@@ -268,14 +271,18 @@ def load_data(config: TrainConfig, known: Sequence[str] = ()) -> "Arrays | Sourc
 
 def _load(config: TrainConfig, known: Sequence[str]) -> "Arrays | Sources":
     spec = config.spec
-    if not spec.streamed:
+    if spec.loader in ("digits", "tfds"):
         data = resident.load(spec, config.data_dir)
         return data.labelled_by(known, f"--dataset {config.dataset}")
-    from input_pipeline import imagenet, streaming
+    from input_pipeline import folders, imagenet, streaming
 
     if spec.loader == "noise":
         return streaming.noise_sources(config.train_bs, config.test_bs)
-    return imagenet.find(spec, config.data_dir, known)
+    if spec.loader == "imagenet":
+        return imagenet.find(spec, config.data_dir, known)
+    assert config.data_dir is not None  # As resolved() has checked.
+    found = folders.find(config.data_dir, known)
+    return folders.decoded(spec, found) if folders.fits(spec, found) else found
 
 
 def make_feed(plan: Plan, data: "Arrays | Sources") -> Feed:
@@ -373,12 +380,14 @@ def describe(
     device, size = plan.mesh.devices.flat[0], plan.mesh.devices.size
     train, test = data.train.size, data.test.size
     pixels = " x ".join(map(str, config.spec.image_shape))
+    classes = f" of {config.num_classes} classes" if config.num_classes else ""
     batches = f"{train // config.train_bs:,} steps of {config.train_bs} images"
     facts = {
         "devices": f"{size} x {device.platform} ({device.device_kind})"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f", mesh {config.mesh}" if config.mesh else ""),
-        "data": f"{config.dataset}, {train:,} training and {test:,} test images of {pixels}",
+        "data": f"{config.dataset}{classes}, {train:,} training and {test:,} test images "
+        f"of {pixels}",
         "network": f"{config.arch}, {sum(p.size for p in leaves):,} parameters in "
         f"{len(leaves)} tensors",
         "training": f"{config.epochs} epochs of {batches}, {config.loss}, {config.precision}, "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from input_pipeline import cloud, imagenet, jpeg
+from input_pipeline import cloud, folders, imagenet, jpeg
 from input_pipeline.errors import DataError
 from input_pipeline.specs import SPECS
 from tests.helpers import ROOT, finish, start
@@ -121,11 +121,11 @@ def test_a_class_without_images_is_named(tmp_path, split):
 
 def test_images_are_what_the_decoder_reads(tmp_path):
     root = write_tree(tmp_path, train=1, test=1, synsets=("dog",))
-    for i, suffix in enumerate(imagenet.SUFFIXES):
+    for i, suffix in enumerate(folders.SUFFIXES):
         path = root / "train" / "dog" / f"{i}{suffix.upper()}"
         photograph(30, 20, seed=1).save(path)
     source = imagenet.find(SPEC, root).train
-    assert source.size == 1 + len(imagenet.SUFFIXES)
+    assert source.size == 1 + len(folders.SUFFIXES)
     for i in range(source.size):
         whole = lambda height, width: jpeg.Window(0, 0, height, width)
         assert jpeg.decode(source[i].data, whole, 8).shape == (8, 8, 3)

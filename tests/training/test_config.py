@@ -17,7 +17,7 @@ from training.errors import ConfigError
         ({"dataset": "svhn"}, r"--dataset svhn: unknown; choose from digits, mnist, cifar10"),
         (
             {"dataset": "synthetic_imagenet", "workers": 3},
-            r"--workers 3: is for imagenet, not for synthetic_imagenet",
+            r"--workers 3: is for imagenet, image_folder, not for synthetic_imagenet",
         ),
         (
             {"arch": "resnet18", "bn_group": 48},
@@ -36,12 +36,21 @@ from training.errors import ConfigError
         ({"dataset": "imagenet", "workers": -1}, r"--workers -1: must be at least 0"),
         (
             {"image_size": 64},
-            r"--image_size 64: is for imagenet and synthetic_imagenet, not for digits",
+            r"--image_size 64: is for imagenet, image_folder, synthetic_imagenet, not for digits",
+        ),
+        ({"dataset": "image_folder"}, r"--dataset image_folder: give its folder as --data_dir"),
+        ({"mean": (0.5, 0.5, 0.5)}, r"--mean .*: is for image_folder, not for digits"),
+        (
+            {"dataset": "image_folder", "data_dir": "d", "std": (1.0, 0.0, 1.0)},
+            r"--std .*: must be positive and finite",
         ),
         ({"save_every": "10"}, r"--save_every 10: give minutes or steps, as in 10min or 500steps"),
         ({"save_every": "0min"}, r"--save_every 0min: give minutes or steps"),
         ({"restart": True}, r"--restart: give the --workdir of the run that is to begin afresh"),
-        ({"dataset": "mnist", "workers": 0}, r"--workers 0: is for imagenet, not for mnist"),
+        (
+            {"dataset": "mnist", "workers": 0},
+            r"--workers 0: is for imagenet, image_folder, not for mnist",
+        ),
         ({"mesh": "data"}, r"--mesh data: give sizes for some of data, fsdp, model"),
         ({"mesh": "rows=2"}, r"--mesh rows=2: give sizes"),
         ({"mesh": "data=2,data=2"}, r"--mesh data=2,data=2: give sizes for .* each once"),
@@ -133,9 +142,17 @@ NETWORKS = (
     | fields(arch=st.sampled_from(ARCHS))
     | st.fixed_dictionaries({"arch": st.sampled_from(ARCHS[1:]), "bn_group": st.just(1)})
 )
-DATA = fields(dataset=st.sampled_from(DATASETS)) | st.fixed_dictionaries(
-    {"dataset": st.just("imagenet")},
-    optional={"image_size": COUNT, "workers": st.integers(0), "data_dir": st.text()},
+COLOUR = st.tuples(*[st.floats(0, exclude_min=True, allow_infinity=False)] * 3)
+OF_TREES = {"image_size": COUNT, "workers": st.integers(0)}
+DATA = (
+    fields(dataset=st.sampled_from(sorted({*DATASETS} - {"image_folder"})))
+    | st.fixed_dictionaries(
+        {"dataset": st.just("imagenet")}, optional=OF_TREES | {"data_dir": st.text()}
+    )
+    | st.fixed_dictionaries(
+        {"dataset": st.just("image_folder"), "data_dir": st.text()},
+        optional=OF_TREES | {"mean": COLOUR, "std": COLOUR, "num_classes": COUNT},
+    )
 )
 REST = fields(
     loss=st.sampled_from(LOSSES),
