@@ -3,8 +3,10 @@
 
 import faulthandler
 import logging
+import os
 import signal
 import sys
+import threading
 
 from input_pipeline.command_line import complain, parse
 from input_pipeline.errors import DataError
@@ -12,6 +14,9 @@ from training import signals
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError, ReadError, SaveError
 from training.signals import Stopped
+
+# How long a run that ends waits for threads whose reads may never return.
+PATIENCE_SECONDS = 10
 
 
 def main() -> int:
@@ -56,7 +61,13 @@ def main() -> int:
         return 1
     except Stopped as stopped:
         complain(f"stopped: {stopped}")
-        return 128 + stopped.signum
+        code = 128 + stopped.signum
+        if stopped.stalled:
+            # Python would wait for threads that read.
+            last = threading.Timer(PATIENCE_SECONDS, os._exit, (code,))
+            last.daemon = True
+            last.start()
+        return code
     return 0
 
 

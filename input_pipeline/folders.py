@@ -76,6 +76,8 @@ class FolderSource:
         """Returns the path of the file."""
         return os.fspath(self._path(index))
 
+    place = name
+
     def fingerprint(self) -> int:
         """Returns a number that follows from the names of the files and their classes."""
         names = zlib.crc32(b"\n".join(self._names), zlib.crc32(repr(self._folders).encode()))

@@ -47,6 +47,7 @@ class ArrayRecordSource:
         undecoded = {"image": tfds.decode.SkipDecoding()}
         self._split, self._labels = split, labels
         self._records = builder.as_data_source(split, decoders=undecoded)
+        self._folder = os.fspath(builder.data_path)
         self.size = len(self._records)
         info = builder.info.splits[split]
         self._sizes = info.num_bytes, info.shard_lengths
@@ -66,7 +67,11 @@ class ArrayRecordSource:
             file_name: bytes = self._records[index]["file_name"]
             return file_name.decode()
         except RuntimeError:
-            return f"record {index} of {self._split}"
+            return self.place(index)
+
+    def place(self, index: int) -> str:
+        """Returns its number and where its split is."""
+        return f"record {index} of {self._split} in {self._folder}"
 
     def fingerprint(self) -> int:
         """Returns a number that follows from the sizes of the split and of its files."""

@@ -6,10 +6,13 @@ number of workers and processes. A stopped run continues with the very next exam
 """
 
 import dataclasses
+import functools
+import logging
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import absl.flags
@@ -25,6 +28,8 @@ from input_pipeline.errors import DataError
 from input_pipeline.patience import patiently
 from input_pipeline.specs import DatasetSpec
 
+log = logging.getLogger(__name__)
+
 # Batches that wait on the devices: one ready, one on its way.
 DEVICE_BATCHES = 2
 # Batches of each worker that Grain has in shared memory at a time, as measured.
@@ -32,6 +37,8 @@ SHARED_BATCHES = 4
 PADDING = -1
 # How long to wait before each further try to read a record.
 RETRY_SECONDS = (0.1, 1, 4)
+# A record whose reading takes so long is named.
+STALLED_SECONDS = 60
 # Batches in an epoch of noise: enough for timing, but few enough for a short wait.
 NOISE_TRAIN_BATCHES = 100
 NOISE_EVAL_BATCHES = 10
@@ -58,7 +65,10 @@ class Source(Protocol):
         """
 
     def name(self, index: int) -> str:
-        """Returns the name by which a person can find the record."""
+        """Returns the name by which a person can find the record, for which it may be read."""
+
+    def place(self, index: int) -> str:
+        """Returns where the record is, without reading it."""
 
     def fingerprint(self) -> int:
         """Returns a number that other records, by name, order or class, would not have."""
@@ -242,6 +252,10 @@ class Noise:
         """Raises IndexError, as there are no records."""
         raise IndexError(index)
 
+    def place(self, index: int) -> str:
+        """Raises IndexError, as there are no records."""
+        raise IndexError(index)
+
     def fingerprint(self) -> int:
         """Returns the number of examples."""
         return self.size
@@ -389,10 +403,38 @@ def make_example(source: Source, index: int, window: jpeg.ChooseWindow, side: in
 def _read(source: Source, index: int) -> Record:
     """Reads a record, and reads it again if the system could not."""
     by_system = lambda error: isinstance(error, OSError)
+    _watch_reads()
+    _reads[threading.get_ident()] = time.monotonic(), source, index
     try:
         return patiently(lambda: source[index], RETRY_SECONDS, by_system)
     except OSError as error:
-        raise DataError(f"{source.name(index)}: {error.strerror or error}") from None
+        raise DataError(f"{source.place(index)}: {error.strerror or error}") from None
+    finally:
+        del _reads[threading.get_ident()]
+
+
+# What each thread of this process reads, and since when.
+_reads: dict[int, tuple[float, Source, int]] = {}
+
+
+@functools.cache
+def _watch_reads() -> None:
+    """Names records from now on whose reading takes too long, as on a mount that is stalled."""
+
+    def watch() -> None:
+        named: set[tuple[float, Source, int]] = set()
+        while True:
+            time.sleep(STALLED_SECONDS / 10)
+            late = {r for r in list(_reads.values()) if time.monotonic() - r[0] > STALLED_SECONDS}
+            for _, source, index in late - named:
+                log.warning(
+                    "%s: has been read for %d s, and does not come",
+                    source.place(index),
+                    STALLED_SECONDS,
+                )
+            named = late
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _blank(index: int, side: int) -> Example:

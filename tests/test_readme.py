@@ -83,6 +83,10 @@ def test_every_command_does_what_it_says(clone, tmp_path):
 
     tree = write_tree(tmp_path / "tree", train=12, test=6)
     command = next(commands).rstrip().replace("DIR", shlex.quote(os.fspath(tree)))
+    assert "image_folder of 3 classes, 12 training and 6 test" in pasted(
+        clone, f"{command} {SMALL}"
+    )
+    command = next(commands).rstrip().replace("DIR", shlex.quote(os.fspath(tree)))
     assert "resnet50" in command
     assert "imagenet, 12 training and 6 test" in pasted(clone, f"{command} {SMALL}")
 

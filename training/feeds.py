@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
+import threading
+import time
 from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -18,19 +23,36 @@ from jax.sharding import Mesh
 
 from input_pipeline import resident
 from input_pipeline.batch import Batch, normalise
+from input_pipeline.errors import DataError
 from input_pipeline.resident import Arrays, Split
 from input_pipeline.specs import DatasetSpec
 from training import metrics, sharding
 from training.metrics import Metrics, TrainMetrics
+from training.signals import Request
 from training.state import TrainState
 
 if TYPE_CHECKING:
-    from input_pipeline.streaming import Source, Sources, Stream
+    from input_pipeline.streaming import Source, Sources, Stream, Streamed
 
 log = logging.getLogger(__name__)
 
+# How often a feed that waits for data looks whether the run is asked to end.
+POLL_SECONDS = 0.5
+# How long it goes on waiting where other processes wait for it, and how long for those who read.
+PATIENCE_SECONDS = 10
+
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
 EvalStep = Callable[[TrainState, Batch], Metrics]
+
+
+class Stalled(Exception):  # noqa: N818, nothing went wrong
+    """Data do not come, and the run is asked to end.
+
+    Attributes:
+      reached: the training state, the metrics of the epoch and the step so far, if training.
+    """
+
+    reached: tuple[TrainState, TrainMetrics, int]
 
 
 class Feed(Protocol):
@@ -38,9 +60,12 @@ class Feed(Protocol):
 
     Attributes:
       steps_per_epoch: the number of full batches in the training set.
+      request: whether the run is asked to end. Then the feed does not wait for data that do not
+        come.
     """
 
     steps_per_epoch: int
+    request: Request
 
     def compile(self, state: TrainState) -> TrainState:
         """Compiles every program, to keep that time out of the epochs. The state is donated."""
@@ -57,10 +82,19 @@ class Feed(Protocol):
           state: the training state, which is donated: do not use it again.
           sums: the metrics of the epoch so far.
           stop: a step of this epoch, or the first step of the next.
+
+        Raises:
+          DataError: if the data can no longer be read.
+          Stalled: if they do not come, and the run is asked to end.
         """
 
     def evaluate(self, state: TrainState) -> Metrics:
-        """Returns the metrics of the test set, each example counted once."""
+        """Returns the metrics of the test set, each example counted once.
+
+        Raises:
+          DataError: if the data can no longer be read.
+          Stalled: if they do not come, and the run is asked to end.
+        """
 
     def iterator_state(self) -> dict[str, Any]:
         """Returns the position in the training data after the last step, as JSON values."""
@@ -79,6 +113,7 @@ class _OnMesh:
     """Holds what both kinds of feed have on the mesh: shardings, and the sums over no example."""
 
     def __init__(self, mesh: Mesh, dtype: jax.typing.DTypeLike):
+        self.request = Request()
         self._everywhere = sharding.replicated(mesh)
         self._over_batch = sharding.over_batch(mesh)
         zero_train = lambda: metrics.zero_train_metrics(dtype)
@@ -346,6 +381,7 @@ class StreamedFeed(_OnMesh):
         self._batch_sizes = train_bs, test_bs
         super().__init__(mesh, dtype)
         self._steps_taken = 0
+        self._stalled = False
         self._reported: set[str] = set()
         self._step: Any = streamed_step(spec, train_step, dtype, mesh, shardings)
 
@@ -375,18 +411,22 @@ class StreamedFeed(_OnMesh):
           sums: the metrics of the epoch so far.
           stop: a step of this epoch, or the first step of the next.
         """
-        for _ in range(stop - self._steps_taken):
-            batch, unreadable = next(self._train)
+        while self._steps_taken < stop:
+            try:
+                batch, unreadable = self._next(self._train)
+            except Stalled as stalled:
+                stalled.reached = state, sums, self._steps_taken
+                raise
             self._report(self._sources.train, unreadable)
             state, sums = self._step(state, sums, batch)
-        self._steps_taken = stop
+            self._steps_taken += 1
         return state, sums
 
     def evaluate(self, state: TrainState) -> Metrics:
         """Returns the metrics of the test set, each example counted once."""
         sums = self._zero_eval_metrics
         for _ in range(self._eval_steps):
-            batch, unreadable = next(self._test)
+            batch, unreadable = self._next(self._test)
             self._report(self._sources.test, unreadable)
             sums = self._score(state, sums, batch)
         return sums
@@ -406,11 +446,41 @@ class StreamedFeed(_OnMesh):
         return round(expected - float(trained.examples) - float(tested.examples))
 
     def close(self) -> None:
-        """Stops the worker processes."""
+        """Stops the worker processes, and waits for them, though not long if they are stalled."""
+        closing = threading.Thread(target=self._close, daemon=True)
+        if self._stalled:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        closing.start()
+        closing.join(PATIENCE_SECONDS if self._stalled else None)
+
+    def _close(self) -> None:
         self._train.close()
         self._test.close()
         # Frames of finished threads hold Grain's shared memory in reference cycles.
         gc.collect()
+
+    def _next(self, stream: Stream) -> Streamed:
+        """Returns the next batch, for which another thread waits, as signals are handled here."""
+        taken: Future[Streamed] = Future()
+
+        def take() -> None:
+            try:
+                taken.set_result(next(stream))
+            except BaseException as error:
+                taken.set_exception(error)
+
+        threading.Thread(target=take, daemon=True).start()
+        start = time.monotonic()
+        while not futures.wait([taken], POLL_SECONDS).done:
+            waited = time.monotonic() - start
+            if self.request.signum and jax.process_count() == 1:
+                self._stalled = True
+                raise Stalled
+            if self.request.signum and waited > PATIENCE_SECONDS:
+                # Others wait in a step for this process, and cannot save.
+                raise DataError(f"data have not come for {waited:.0f} s, and the run is to end")
+        return taken.result()
 
     def _report(self, source: Source, unreadable: np.ndarray) -> None:
         """Logs the name of each image that could not be read, once."""

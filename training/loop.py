@@ -10,7 +10,7 @@ from input_pipeline.errors import MAX_UNREADABLE, DataError
 from training import metrics, multihost, signals
 from training.checkpoints.saving import Saver, Snapshot
 from training.errors import NonFiniteError, ReadError
-from training.feeds import Feed
+from training.feeds import Feed, Stalled
 from training.records import EpochRecord, best
 from training.reporting.reporter import SilentReporter
 from training.signals import Stopped
@@ -36,6 +36,7 @@ def train_epochs(
     snapshot = dataclasses.replace(snapshot, state=feed.compile(snapshot.state))
     reporter.begin(time.perf_counter() - start)
     with signals.on_request() as request:
+        feed.request = request
         try:
             while len(snapshot.records) < epochs:
                 snapshot = train_epoch(feed, snapshot, reporter, saver, request)
@@ -66,7 +67,14 @@ def train_epoch(
 
     while step < last:
         step = int(min(step + steps, last, saver.next_step(step)))
-        before, (state, sums) = sums, feed.train(state, sums, step)
+        before = sums
+        try:
+            state, sums = feed.train(state, sums, step)
+        except Stalled as stalled:
+            state, sums, step = stalled.reached
+            if not metrics.finite(jax.device_get(sums)):
+                break
+            keep(saver, now(), request.signum, stalled=True)
         # The host waits for the previous dispatch only, and the device waits for nothing.
         seen, seconds = jax.device_get(before), time.perf_counter() - start
         if not metrics.finite(seen):
@@ -97,7 +105,11 @@ def eval_epoch(
     request: signals.Request,
 ) -> Snapshot:
     """Evaluates at the end of an epoch, out of ``epochs`` in all, and completes its record."""
-    eval_sums, train_sums = jax.device_get((feed.evaluate(trained.state), trained.sums))
+    try:
+        sums = feed.evaluate(trained.state)
+    except Stalled:
+        keep(saver, trained, request.signum, stalled=True)
+    eval_sums, train_sums = jax.device_get((sums, trained.sums))
     averages, tested = metrics.train_averages(train_sums), metrics.averages(eval_sums)
     unreadable = feed.unreadable(train_sums.sums, eval_sums)
     decoded = float(train_sums.sums.examples + eval_sums.examples)
@@ -134,12 +146,12 @@ def eval_epoch(
     return snapshot
 
 
-def keep(saver: Saver, snapshot: Snapshot, signum: int) -> None:
-    """Saves, and ends the run if a signal asked it to stop."""
+def keep(saver: Saver, snapshot: Snapshot, signum: int, stalled: bool = False) -> None:
+    """Saves, and ends the run if a signal asked it to stop, or also data do not come."""
     saver.save(snapshot)
     if signum:
         saver.finish()
-        raise Stopped(signum, saver.path_of(snapshot.step))
+        raise Stopped(signum, saver.path_of(snapshot.step), stalled)
 
 
 def _non_finite(sums: metrics.TrainMetrics, epoch: int, steps_per_epoch: int, saver: Saver) -> str:

@@ -19,20 +19,22 @@ class Stopped(Exception):  # noqa: N818, nothing went wrong
 
     Attributes:
       signum: the number of the signal that asked.
+      stalled: whether data are still being read that do not come.
     """
 
-    def __init__(self, signum: int, saved: epath.Path):
+    def __init__(self, signum: int, saved: epath.Path, stalled: bool = False):
         """Says where it goes on.
 
         Args:
           signum: the number of the signal.
           saved: the last checkpoint.
+          stalled: whether data are still being read that do not come.
         """
         super().__init__(
             f"{signal.Signals(signum).name} after step {saved.name}; the same command with "
             f"--workdir {saved.parent.parent}, and without --restart, goes on from there"
         )
-        self.signum = signum
+        self.signum, self.stalled = signum, stalled
 
 
 @dataclass

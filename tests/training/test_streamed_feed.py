@@ -2,7 +2,9 @@ import functools
 import logging
 import os
 import shutil
+import signal
 import threading
+import time
 import types
 
 import jax
@@ -14,14 +16,16 @@ import pytest
 from input_pipeline import streaming
 from input_pipeline.batch import Batch
 from input_pipeline.errors import DataError
-from tests.helpers import read_records, same, untimed, wait_for_epochs
+from tests.helpers import ROOT, finish, read_records, same, start, untimed, wait_for_epochs
 from tests.images import write_tree
 from training import loop, sharding, step
 from training.checkpoints import reading
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError, ReadError
 from training.run import SHARED_MEMORY, evaluate, make_plan, train
+from training.signals import Stopped
 from training.step import LOSSES
+from training.workdir import saved_steps
 
 FIELDS = {
     "dataset": "imagenet",
@@ -172,6 +176,65 @@ def test_data_that_can_no_longer_be_read_end_the_run(tmp_path, tree, monkeypatch
         )
     )
     assert np.isfinite((best.loss, last.loss)).all()
+
+
+class SignalWhenNamed(logging.Handler):
+    """Asks the run to end as soon as a record is named that does not come."""
+
+    def emit(self, record):
+        if "does not come" in record.getMessage():
+            self.message = record.getMessage()
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_read_that_never_returns_is_named_and_a_signal_still_saves(
+    tmp_path, tree, monkeypatch, split
+):
+    monkeypatch.setattr(streaming, "STALLED_SECONDS", 1)
+    whole = run(tmp_path, "whole", data_dir=tree)
+    path = min((tmp_path / "imagenet" / split).glob("*/*.JPEG"))
+    image = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)  # Whoever opens it waits until somebody writes.
+    handler = SignalWhenNamed()
+    streaming.log.addHandler(handler)
+    try:
+        with pytest.raises(Stopped) as stopped:
+            run(tmp_path, data_dir=tree)
+    finally:
+        streaming.log.removeHandler(handler)
+        path.write_bytes(image)
+    path.unlink()
+    path.write_bytes(image)
+    assert handler.message == f"{path}: has been read for 1 s, and does not come"
+    assert stopped.value.stalled
+    (saved,) = saved_steps(tmp_path / "run")
+    # Four steps to an epoch, and the first test is after it.
+    assert saved == 4 if split == "val" else saved < 4
+    again = run(tmp_path, data_dir=tree)
+    assert same(again.state, whole.state)
+    assert untimed(again.records) == untimed(whole.records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_whose_data_do_not_come_ends_on_a_signal(tmp_path, tree, workers):
+    path = min((tmp_path / "imagenet" / "train").glob("*/*.JPEG"))
+    path.unlink()
+    os.mkfifo(path)
+    flags = {**FIELDS, "workers": workers, "data_dir": tree, "workdir": tmp_path / "run"}
+    process = start(
+        "train.py", *(part for name in flags for part in (f"--{name}", flags[name])), cwd=ROOT
+    )
+    while "compiled in" not in process.stdout.readline():
+        pass
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    _, err, code = finish(process, timeout=60)
+    assert code == 143
+    assert "stopped: SIGTERM after step " in err
+    assert saved_steps(tmp_path / "run")
 
 
 @pytest.mark.slow

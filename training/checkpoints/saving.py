@@ -100,6 +100,9 @@ class Saver:
         self._preserved = _LatestAndBest(config.keep)
         self._manager = self._open()
         self._held: Snapshot | None = None
+        # The step and the number of epochs of the newest checkpoint, and a step not yet complete.
+        self._saved: tuple[int, int] | None = None
+        self._pending: int | None = None
         self._last_save = time.monotonic()
         self._failure: str | None = None
 
@@ -159,6 +162,7 @@ class Saver:
         # Some checkpoints may have been renamed.
         self._manager.close()
         self._manager = self._open()
+        self._saved = step, len(run.records)
         return Snapshot(step, state, training["sums"], run.seconds, run.records, run.position)
 
     def _newest(self, target: dict[str, Any]) -> tuple[int, Items] | None:
@@ -245,7 +249,9 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         self._wait()
-        step, state = snapshot.step, snapshot.state
+        step, state, saved = snapshot.step, snapshot.state, self._saved
+        if saved == (step, len(snapshot.records)):
+            return
         run = RunItem(
             self._config.to_json(),
             snapshot.records,
@@ -267,7 +273,10 @@ class Saver:
         steps = {*self._manager.all_steps(), step}
         self._preserved.best = best_step(snapshot.records, steps)
         try:
+            if saved and saved[0] == step:  # Without the evaluation, which had been stopped.
+                self._manager.delete(step)
             self._manager.save(step, args=items)
+            self._saved, self._pending = (step, len(snapshot.records)), step
         except Exception as error:  # Orbax and TensorStore raise many for a full disk.
             self._failed_here(error)
 
@@ -276,6 +285,14 @@ class Saver:
             self._manager.wait_until_finished()
         except Exception as error:
             self._failed_here(error)
+            return
+        step, self._pending = self._pending, None
+        if (
+            step is not None
+            and multihost.is_primary()
+            and step not in self._manager.all_steps(True)
+        ):
+            self._failed(f"{step} has been saved, and is not found there")
 
     def _failed_here(self, error: Exception) -> None:
         """Handles a failure of Orbax in this process, and perhaps in no other."""
@@ -286,6 +303,7 @@ class Saver:
         with contextlib.suppress(Exception):
             self._manager.close()
         self._manager = self._open()
+        self._saved = self._pending = None
         self._failed(one_line(error))
 
     def _failed(self, why: str) -> None:
