@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -123,8 +124,11 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
       TypeError: if a learning rate is given, which AGD does not have, or if ``gain`` is a
         schedule: Optax makes one of it, ``optax.inject_hyperparams(agd)(gain=schedule)``.
       ValueError: if ``gain`` is a number that is not positive and finite, or an array that is
-        known to be negative or not finite, or not a scalar. ``init`` raises one if the parameters
-        are one bare vector, which is what ``optax.flatten`` makes of a network.
+        known to be negative or not finite, or not a scalar.
+
+    Warns:
+      UserWarning: by ``init``, if the parameters are one bare vector, which is what
+        ``optax.flatten`` makes of a network.
 
     References:
       Bernstein et al., *Automatic Gradient Descent: Deep Learning without Hyperparameters*,
@@ -134,13 +138,14 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
 
     def init(params: optax.Params) -> AgdState:
         if getattr(params, "ndim", None) == 1:
-            raise ValueError(
+            warnings.warn(
                 f"agd() was given one bare vector of {params.size} numbers, in which it sees no "
-                "matrices. Take optax.flatten away from around it; if the vector is a parameter "
-                "of its own, put it into a container, as in {'w': vector}"
+                "matrices. If these are the parameters of a network, take optax.flatten away from "
+                "around it",
+                stacklevel=2,
             )
         names.warn_of_misread_axes(params)
-        dtypes = [geometry.norm_dtype(p.dtype) for p in jax.tree.leaves(params)]
+        dtypes = [geometry.norm_dtype(jnp.result_type(p)) for p in jax.tree.leaves(params)]
         dtype = jnp.result_type(jnp.float32, *dtypes)
         # Two arrays, as one that is there twice cannot be donated.
         return AgdState(eta=jnp.zeros([], dtype), gradient_summary=jnp.zeros([], dtype))
@@ -152,6 +157,7 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
         **extra_args: Any,
     ) -> tuple[optax.Updates, AgdState]:
         del extra_args  # Accepted, so that agd() may stand in a chain with others that use them.
+        updates = jax.tree.map(jnp.asarray, updates)  # Python's floats are gradients too.
         dual_norms = jax.tree.map(geometry.dual_norm, updates)
         terms = jax.tree.leaves(dual_norms)
         depth = max(len(terms), 1)
@@ -160,11 +166,11 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
         eta = automatic_learning_rate(gradient_summary)
         size = jnp.multiply(gain, eta) / depth
 
-        def step(grad: jax.Array, dual_norm: jax.Array, param: jax.Array) -> jax.Array:
+        def step(grad: jax.Array, dual_norm: jax.Array, param: jax.typing.ArrayLike) -> jax.Array:
             floor = ROUNDING_UNITS * np.finfo(dual_norm.dtype).eps * total
             # Not `>= floor`, of which infinite and NaN gradients would make zeros.
             move = jnp.where(dual_norm < floor, 0, size)
-            return (-move * geometry.direction(grad)).astype(param.dtype)
+            return (-move * geometry.direction(grad)).astype(jnp.result_type(param))
 
         updates = jax.tree.map(step, updates, dual_norms, updates if params is None else params)
         # The state keeps its dtype when gradients have another one, so that it can be carried.
