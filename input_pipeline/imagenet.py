@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from input_pipeline import prepared
-from input_pipeline.classes import labels, ordered
+from input_pipeline.classes import are_numbers, labels, ordered
 from input_pipeline.errors import DataError
 from input_pipeline.folders import sources, tree
 from input_pipeline.jpeg import UnreadableError
@@ -103,7 +103,8 @@ def find(
 
 def _find(spec: DatasetSpec, root: epath.Path, known: Sequence[str]) -> Sources:
     if (root / spec.tfds_name).is_dir():
-        return _prepared(spec, root, known)
+        with prepared.understanding(spec, root):
+            return _prepared(spec, root, known)
     if (root / "train").is_dir() and (root / "val").is_dir():
         return _folders(spec, root, known)
     raise DataError(
@@ -138,7 +139,9 @@ def _prepared(spec: DatasetSpec, root: epath.Path, known: Sequence[str]) -> Sour
             f"--data_dir {root}: {spec.tfds_name} has no splits train and validation, only "
             f"{', '.join(builder.info.splits)}"
         )
-    classes = builder.info.features["label"].names
+    classes = prepared.class_names(spec, builder)
+    if are_numbers(classes):
+        raise DataError(f"{folder}: has no label.labels.txt with the names of its classes")
     of_class = labels(classes, known, f"--data_dir {root}")
     train, test = (ArrayRecordSource(builder, split, of_class) for split in splits)
     present = {path.name for path in type(root)(folder).iterdir()}

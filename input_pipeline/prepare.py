@@ -6,12 +6,13 @@ the two archives of image-net.org.
 
 import io
 import logging
+import os
 import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import tyro
 from etils import epath
@@ -108,24 +109,39 @@ def _imagenet(tars: Path) -> dict[str, prepared.Examples]:
     labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     classes = labels.read_text().split()
 
-    def files(archive: tarfile.TarFile) -> Iterator[tuple[str, io.BytesIO]]:
-        for member in archive:
-            if member.isfile() and (file := archive.extractfile(member)):
-                yield Path(member.name).name, io.BytesIO(file.read())
+    def files(file: BinaryIO, origin: str) -> Iterator[tuple[str, io.BytesIO]]:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    name = Path(member.name).name
+                    content = archive.extractfile(member)
+                    # A Mac adds files that begin with `._`.
+                    if content and not name.startswith("."):
+                        yield name, io.BytesIO(content.read())
+                # A header that is damaged ends the loop just as the zeros at the end do.
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise DataError(f"{origin}: is cut off or damaged at byte {archive.offset:,}")
+        except tarfile.TarError as error:
+            raise DataError(f"{origin}: {error}") from error
 
     def example(name: str, data: io.BytesIO, label: str) -> tuple[str, dict[str, Any]]:
         return name, {"file_name": name, "image": data, "label": label}
 
     def train() -> prepared.Examples:
-        with tarfile.open(tars / IMAGENET_TRAIN) as archive:
-            for synset, inner in files(archive):
-                with tarfile.open(fileobj=inner) as folder:
-                    for name, data in files(folder):
-                        yield example(name, data, Path(synset).stem)
+        path, seen = tars / IMAGENET_TRAIN, set()
+        with open(path, "rb") as file:
+            for synset, inner in files(file, os.fspath(path)):
+                if synset in seen:
+                    raise DataError(f"{path}: has {synset} twice")
+                seen.add(synset)
+                for name, data in files(inner, f"{path}: {synset}"):
+                    yield example(name, data, Path(synset).stem)
 
     def validation() -> prepared.Examples:
-        with tarfile.open(tars / IMAGENET_VALIDATION) as archive:
-            for name, data in files(archive):
+        path = tars / IMAGENET_VALIDATION
+        with open(path, "rb") as file:
+            for name, data in files(file, os.fspath(path)):
                 number = int(Path(name).stem.rsplit("_", 1)[1])
                 yield example(name, data, classes[number - 1])
 

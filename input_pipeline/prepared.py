@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import logging
 import os
 import tarfile
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder, DatasetInfo
 
 PROBE_SECONDS = 6.0
+
+# The most of an error of TFDS that is passed on.
+REASON_CHARACTERS = 200
 
 # (key, example) pairs, as TFDS builders generate them.
 Examples: TypeAlias = Iterator[tuple[int | str, dict[str, Any]]]
@@ -66,6 +70,39 @@ def reading(data_dir: epath.PathLike) -> Iterator[None]:
         if not cloud.is_remote(data_dir):
             raise
         raise DataError(f"--data_dir {data_dir}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def understanding(spec: DatasetSpec, data_dir: epath.PathLike) -> Iterator[None]:
+    """Raises DataError for whatever TFDS and ArrayRecord raise over a folder that is damaged.
+
+    Of a bucket that cannot be read, :func:`reading` says so.
+    """
+    try:
+        with cloud.failing_as_files_do(data_dir):
+            yield
+    except Exception as error:
+        if isinstance(error, DataError) or (
+            isinstance(error, OSError) and cloud.is_remote(data_dir)
+        ):
+            raise
+        cause = error.__cause__ or error  # TFDS wraps some, at length.
+        reason = " ".join(str(cause).split())[:REASON_CHARACTERS]
+        raise DataError(
+            f"--data_dir {data_dir}: {spec.tfds_name} is there, but cannot be read ({reason}); it "
+            "is damaged, or of another version of TFDS: move it away, and prepare it again"
+        ) from error
+
+
+def class_names(spec: DatasetSpec, builder: DatasetBuilder) -> tuple[str, ...]:
+    """Returns the name of each class, in the order of the labels; raises DataError if some lack."""
+    names = tuple(builder.info.features["label"].names)
+    if len(names) != spec.num_classes:
+        raise DataError(
+            f"{builder.data_path}: names {len(names)} classes in label.labels.txt, and not "
+            f"{spec.num_classes}; prepare it again"
+        )
+    return names
 
 
 def check_available(spec: DatasetSpec, data_dir: epath.PathLike) -> None:
@@ -146,10 +183,33 @@ def builder_of(spec: DatasetSpec, data_dir: epath.PathLike) -> DatasetBuilder:
         )
     # TFDS would warn of an absent folder, which is reported here.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    builder = tfds.builder(spec.tfds_name, data_dir=data_dir)
-    if builder.is_prepared():
-        return builder
-    return tfds.builder(spec.tfds_name, data_dir=data_dir, file_format="array_record")
+    with understanding(spec, data_dir):
+        _check_features(epath.Path(data_dir) / spec.tfds_name)
+        builder = tfds.builder(spec.tfds_name, data_dir=data_dir)
+        if builder.is_prepared():
+            return builder
+        return tfds.builder(spec.tfds_name, data_dir=data_dir, file_format="array_record")
+
+
+def _check_features(folder: epath.Path) -> None:
+    """Raises ValueError if a description of features names a module that is not TFDS's own.
+
+    TFDS would import it.
+    """
+
+    def check(value: object) -> None:
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if not isinstance(value, dict):
+            return
+        for key, part in value.items():
+            named = key in ("pythonClassName", "python_class_name", "type")
+            if named and isinstance(part, str) and not part.startswith("tensorflow_datasets."):
+                raise ValueError(f"features.json names {part}, which is not TFDS's own")
+            check(part)
+
+    for path in folder.glob("*/features.json"):
+        check(json.loads(path.read_text()))
 
 
 def _reachable(url: str) -> bool:

@@ -103,16 +103,14 @@ def load(spec: DatasetSpec, data_dir: str | os.PathLike[str] | None = None) -> A
         with prepared.reading(folder):
             prepared.check_available(spec, folder)
             builder = prepared.prepared_builder(spec, folder)
-            return Arrays(*_decode_all(spec, builder), _classes(builder))
+            with prepared.understanding(spec, folder):
+                return Arrays(*_decode_all(spec, builder), prepared.class_names(spec, builder))
     prepared.check_available(spec, folder)
     # One process prepares and decodes. Others that start meanwhile wait and read its cache.
     with _lock(Path(folder) / f".{spec.tfds_name}.lock"):
         builder = prepared.prepared_builder(spec, folder)
-        return Arrays(*_decoded(spec, builder), _classes(builder))
-
-
-def _classes(builder: DatasetBuilder) -> tuple[str, ...]:
-    return tuple(builder.info.features["label"].names)
+        with prepared.understanding(spec, folder):
+            return Arrays(*_decoded(spec, builder), prepared.class_names(spec, builder))
 
 
 def _digits() -> Arrays:

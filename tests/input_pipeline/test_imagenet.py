@@ -152,7 +152,7 @@ def test_a_damaged_record_is_named_and_a_missing_file_is_said(prepared_imagenet)
             assert source.name(i).startswith("train_")
         except jpeg.UnreadableError:
             damaged.append(i)
-            assert source.name(i) == f"record {i} of train"
+            assert source.name(i) == f"record {i} of train in {shard.parent}"
     assert damaged
     shard.unlink()
     with pytest.raises(DataError, match=f"1 of 2 files of imagenet2012 .* as {shard.name}"):
@@ -184,7 +184,7 @@ def test_files_are_opened_beyond_the_usual_limit_if_the_system_allows_it(prepare
     out, err, _ = read(soft=10, hard=40)
     assert out == "40\n", err
     # What the limit keeps from being read is not an unreadable image.
-    assert re.search("DataError: record 0 of train: .*Too many open files", err)
+    assert re.search("DataError: record 0 of train in .*: .*Too many open files", err)
     _, err, _ = read(soft=10, hard=39)
     said = r"reading it takes up to \d+ open files, and this system allows \d+; have its hard limit"
     assert re.search(said, err.splitlines()[-1])
@@ -243,6 +243,27 @@ def test_what_is_missing_is_said(tmp_path, make, message):
         imagenet.find(SPEC, tmp_path)
 
 
+def test_classes_without_names_are_said(prepared_imagenet):
+    (names,) = prepared_imagenet().glob("imagenet2012/*/label.labels.txt")
+    names.write_text("\n".join(names.read_text().splitlines()[:499]))
+    root = names.parent.parent.parent
+    with pytest.raises(DataError, match=f"{names.parent}: names 499 classes in .*, and not 1000"):
+        imagenet.find(SPEC, root)
+    names.unlink()
+    with pytest.raises(DataError, match=f"{names.parent}: has no label.labels.txt with the names"):
+        imagenet.find(SPEC, root)
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_a_description_that_cannot_be_understood_is_one_line(prepared_imagenet, file):
+    root = prepared_imagenet()
+    (path,) = root.glob(f"imagenet2012/*/{file}")
+    for text in ("", '{"newField": 1, ' + path.read_text().lstrip("{")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"^--data_dir .*: imagenet2012 is there, but can.*$"):
+            imagenet.find(SPEC, root)
+
+
 def test_a_split_that_is_missing_is_named(prepared_imagenet):
     with pytest.raises(DataError, match="no splits train and validation, only train"):
         imagenet.find(SPEC, prepared_imagenet(splits=("train",)))
@@ -259,6 +280,7 @@ def test_cloud_paths_reach_tfds_as_they_are(monkeypatch):
         raise DataError("asked")
 
     monkeypatch.setattr(tfds, "builder", builder)
+    monkeypatch.setattr(epath.gpath._GPath, "glob", lambda path, pattern: [])
     monkeypatch.setattr(epath.gpath._GPath, "is_dir", lambda path: True)
     monkeypatch.setattr(cloud, "obstacle", lambda path: "")
     with pytest.raises(DataError, match="asked"):

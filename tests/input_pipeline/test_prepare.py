@@ -183,11 +183,66 @@ def test_archives_of_imagenet_that_are_missing_or_damaged_are_named(tmp_path):
     with pytest.raises(DataError, match=r"has no ILSVRC2012_img_val.tar; download"):
         prepare.prepare_imagenet(tmp_path, tmp_path / "data")
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"an error page")
-    with pytest.raises(DataError, match="cannot prepare imagenet there"):
+    with pytest.raises(DataError, match=r"ILSVRC2012_img_val.tar: truncated header"):
         prepare.prepare_imagenet(tmp_path, tmp_path / "data")
     write_tars(tmp_path, {"n01440764": ["n01440764_1.JPEG"]}, ["notes.txt"])
     with pytest.raises(DataError, match="cannot prepare imagenet there"):
         prepare.prepare_imagenet(tmp_path, tmp_path / "data")
     write_tars(tmp_path, {"dogs": ["dog.JPEG"]}, ["ILSVRC2012_val_00000001.JPEG"])
     with pytest.raises(DataError, match=r"cannot prepare imagenet there: .*dogs"):
+        prepare.prepare_imagenet(tmp_path, tmp_path / "data")
+
+
+def rewritten(path, change):
+    """Writes an archive again, with what ``change`` makes of its ``(name, bytes)``."""
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]
+    with tarfile.open(path, "w") as tar:
+        for name, data in change(members):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_what_a_mac_adds_to_an_archive_is_passed_over(tmp_path):
+    names = ["n01440764_1.JPEG", "n01440764_2.JPEG"]
+    write_tars(tmp_path, {"n01440764": names}, ["ILSVRC2012_val_00000001.JPEG"])
+    for path in tmp_path.glob("*.tar"):
+        rewritten(path, lambda members: [(f"._{members[0][0]}", b"attributes"), *members])
+    prepare.prepare_imagenet(tmp_path, tmp_path / "data")
+    sources = imagenet.find(SPECS["imagenet"], tmp_path / "data")
+    assert {sources.train.name(i) for i in range(sources.train.size)} == set(names)
+    assert sources.test.size == 1
+
+
+def test_a_class_that_an_archive_has_twice_is_named(tmp_path):
+    write_tars(tmp_path, {"n01440764": ["n01440764_1.JPEG"]}, ["ILSVRC2012_val_00000001.JPEG"])
+    rewritten(tmp_path / prepare.IMAGENET_TRAIN, lambda members: 2 * members)
+    with pytest.raises(DataError, match=r"train\.tar: has n01440764\.tar twice"):
+        prepare.prepare_imagenet(tmp_path, tmp_path / "data")
+
+
+@pytest.mark.parametrize("damage", ["a header", "cut between images", "a header within a class"])
+def test_an_archive_that_is_damaged_in_the_middle_is_named(tmp_path, damage):
+    train = {"n01440764": ["n01440764_1.JPEG"], "n15075141": ["n15075141_9.JPEG"]}
+    write_tars(tmp_path, train, ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00050000.JPEG"])
+    validation = tmp_path / prepare.IMAGENET_VALIDATION
+    with tarfile.open(validation) as tar:
+        second = tar.getmembers()[1].offset
+    if damage == "a header within a class":
+        change = lambda members: [
+            (members[0][0], members[0][1].replace(b"n01440764_1", b"\xff" * 11, 1)),
+            *members[1:],
+        ]
+        rewritten(tmp_path / prepare.IMAGENET_TRAIN, change)
+        message = "n01440764"
+    else:
+        data = bytearray(validation.read_bytes())
+        if damage == "a header":
+            data[second : second + 100] = b"\xff" * 100
+        else:
+            del data[second:]
+        validation.write_bytes(data)
+        message = f"{validation}: is cut off or damaged at byte {second:,}"
+    with pytest.raises(DataError, match=message):
         prepare.prepare_imagenet(tmp_path, tmp_path / "data")

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,45 @@ def test_two_processes_that_start_at_once_decode_once(prepared):
     assert outputs[0][0] == outputs[1][0] != ""
     assert sum(errors.count("decoding mnist once") for _, errors in outputs) == 1
     assert not list(data_dir.glob("mnist/*.partial"))
+
+
+def cut(folder):
+    (shard,) = folder.glob("*train.array_record*")
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def change_a_byte(folder):
+    (shard,) = folder.glob("*train.array_record*")
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 255
+    shard.write_bytes(data)
+
+
+def name_a_module(folder):
+    text = (folder / "features.json").read_text()
+    (folder / "features.json").write_text(text.replace("tensorflow_datasets.core", "antigravity"))
+
+
+DAMAGE = {
+    cut: "Corrupted",
+    change_a_byte: "Corrupted",
+    lambda folder: [path.unlink() for path in folder.glob("*train.array_record*")]: "No such file",
+    lambda folder: (folder / "dataset_info.json").write_text(""): "Expecting value",
+    lambda folder: (folder / "features.json").write_text(""): "Expecting value",
+    lambda folder: (folder / "dataset_info.json").write_text('{"new": 1}'): 'no field named "new"',
+    name_a_module: "features.json names antigravity.*, which is not TFDS's own",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_of_a_prepared_folder_is_one_line(prepared, damage):
+    data_dir = prepared("mnist")
+    (folder,) = Path(data_dir).glob("mnist/*")
+    damage(folder)
+    message = f"^--data_dir {data_dir}: mnist is there, but cannot be read .*{DAMAGE[damage]}.*$"
+    with pytest.raises(DataError, match=message):
+        resident.load(SPECS["mnist"], data_dir)
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
