@@ -84,7 +84,7 @@ def prepare_imagenet(tars: Path | None, data_dir: epath.PathLike) -> None:
     spec = SPECS["imagenet"]
     if prepared.builder_of(spec, data_dir).is_prepared():
         return
-    missing = [n for n in IMAGENET_TARS if tars is None or not (tars / n).is_file()]
+    missing = [n for n in IMAGENET_TARS if tars is None or not os.path.isfile(tars / n)]
     if tars is None or missing:
         raise DataError(
             f"--tars {tars}: has no {' and no '.join(missing)}; download what is missing from "

@@ -46,7 +46,8 @@ def data_path(data_dir: epath.PathLike | None = None) -> epath.Path:
     It may be in a bucket, ``gs://bucket/folder``, where TFDS and ArrayRecord read it.
 
     Raises:
-      DataError: if the name is that of a file, or empty, or of a bucket that cannot be used.
+      DataError: if the name is that of a file, or empty, or of a bucket or folder that cannot be
+        looked into.
     """
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -55,21 +56,28 @@ def data_path(data_dir: epath.PathLike | None = None) -> epath.Path:
     if reason := cloud.obstacle(data_dir):
         raise DataError(f"--data_dir {data_dir}: {reason}")
     path = epath.Path(data_dir).expanduser()
+    if os.fspath(path).startswith("~"):
+        raise DataError(f"--data_dir {path}: the home folder of that user is unknown")
     if os.path.isfile(path):
         raise DataError(f"--data_dir {path}: is a file; give a folder")
+    if not cloud.is_remote(path):
+        try:
+            os.scandir(path).close()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise DataError(f"--data_dir {path}: {error.strerror}") from error
     return path
 
 
 @contextlib.contextmanager
 def reading(data_dir: epath.PathLike) -> Iterator[None]:
-    """Raises DataError for whatever the clients of a bucket raise, if the folder is in one."""
+    """Raises DataError for whatever the system, or the clients of a bucket, raise."""
     try:
         with cloud.failing_as_files_do(data_dir):
             yield
     except OSError as error:
-        if not cloud.is_remote(data_dir):
-            raise
-        raise DataError(f"--data_dir {data_dir}: {error.strerror}") from error
+        raise DataError(f"--data_dir {error.filename or data_dir}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -480,7 +480,15 @@ class StreamedFeed(_OnMesh):
             if self.request.signum and waited > PATIENCE_SECONDS:
                 # Others wait in a step for this process, and cannot save.
                 raise DataError(f"data have not come for {waited:.0f} s, and the run is to end")
-        return taken.result()
+        try:
+            return taken.result()
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise DataError(
+                "a worker process was killed, as the system does where memory is short; give fewer "
+                "--workers, or smaller batches"
+            ) from error
 
     def _report(self, source: Source, unreadable: np.ndarray) -> None:
         """Logs the name of each image that could not be read, once."""

@@ -139,7 +139,7 @@ def train(config: TrainConfig) -> Result:
         saved = saver.restore(plan.abstract_state, feed.zero_metrics())
         records = saved.records if saved else []
         if saved:
-            _check_epochs(config, saved, feed.steps_per_epoch)
+            _check_progress(config, saved, feed.steps_per_epoch)
             feed.restore(saved.iterator_state, saved.step)
 
         facts = describe(plan, data, saved, aside)
@@ -413,8 +413,14 @@ def _check_batch_fits(config: TrainConfig, data: "Arrays | Sources") -> None:
         )
 
 
-def _check_epochs(config: TrainConfig, saved: Snapshot, steps_per_epoch: int) -> None:
-    """Raises ConfigError if a run has been trained for longer than it is asked to be."""
+def _check_progress(config: TrainConfig, saved: Snapshot, steps_per_epoch: int) -> None:
+    """Raises ConfigError if a run has been trained for longer than asked, or does not add up."""
+    recorded = len(saved.records) * steps_per_epoch
+    if recorded + int(saved.sums.steps) != saved.step:
+        raise ConfigError(
+            f"--workdir {config.workdir}: its checkpoint of step {saved.step} has records of "
+            f"{len(saved.records)} epochs, which do not go together; --restart begins afresh"
+        )
     epochs = -(-saved.step // steps_per_epoch)
     if epochs > config.epochs:
         raise ConfigError(

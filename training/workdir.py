@@ -35,12 +35,9 @@ def choose(config: TrainConfig) -> epath.Path:
     """
     if config.workdir is not None and cloud.is_remote(config.workdir):
         return _no_pattern(epath.Path(config.workdir))
-    try:
-        path = Path(config.workdir).expanduser() if config.workdir else _fresh(config)
+    path = _expanded(config.workdir) if config.workdir else _fresh(config)
+    with _explained(epath.Path(path)):
         ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
-    except (OSError, RuntimeError) as error:  # The name is too long, or `~user` is unknown.
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"--workdir {config.workdir}: {reason}") from error
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise ConfigError(
             f"--workdir {path}: cannot write in {ancestor}; give a folder that can be"
@@ -52,12 +49,29 @@ def located(path: epath.PathLike) -> epath.Path:
     """Returns the folder of an earlier run by its name.
 
     Raises:
-      ConfigError: if it is in a bucket that cannot be used, or has a name that :func:`choose`
-        refuses.
+      ConfigError: if it is in a bucket that cannot be used, cannot be looked into, or has a name
+        that :func:`choose` refuses.
     """
     if reason := cloud.obstacle(path):
         raise ConfigError(f"{path}: {reason}")
-    return _no_pattern(epath.Path(path if cloud.is_remote(path) else Path(path).expanduser()))
+    if cloud.is_remote(path):
+        return _no_pattern(epath.Path(path))
+    folder = _expanded(path)
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from error
+    return _no_pattern(epath.Path(folder))
+
+
+def _expanded(path: epath.PathLike) -> Path:
+    """Returns the path with ``~`` or ``~user`` in full; raises ConfigError if that is unknown."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: the home folder of that user is unknown") from error
 
 
 def _no_pattern(path: epath.Path) -> epath.Path:

@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -107,21 +106,6 @@ def test_a_checkpoint_of_another_run_is_refused(copied, fields, message):
     assert steps(copied) == before
 
 
-@pytest.fixture
-def garbage_collected():
-    yield
-    gc.collect()
-
-
-def abandons_reads(test):
-    """Marks a test in which one of Orbax's reads fails and it drops the others.
-
-    Python warns of these when it collects them, which is to be in the same test.
-    """
-    collected = pytest.mark.usefixtures("garbage_collected")(test)
-    return pytest.mark.filterwarnings("ignore:Exception ignored in")(collected)
-
-
 def files_of(checkpoint):
     return sorted(p.relative_to(checkpoint) for p in checkpoint.rglob("*") if p.is_file())
 
@@ -129,7 +113,6 @@ def files_of(checkpoint):
 SLOW = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("deleted", "emptied")]
 
 
-@abandons_reads
 @pytest.mark.parametrize("damage", ["truncated", *SLOW])
 def test_any_damaged_file_of_the_newest_checkpoint_is_survived(copied, trained, damage, caplog):
     """Some files can be done without; else the checkpoint before is the one to go on from."""
@@ -168,7 +151,6 @@ def test_any_damaged_file_of_the_newest_checkpoint_is_survived(copied, trained, 
     assert fallbacks >= 6
 
 
-@abandons_reads
 def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained):
     newest = copied / "checkpoints" / str(steps(copied)[-1])
     shutil.rmtree(newest / "training")
@@ -178,7 +160,6 @@ def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained)
     assert newest.is_dir()
 
 
-@abandons_reads
 @pytest.mark.parametrize(
     "changes",
     [
@@ -261,7 +242,6 @@ def make_unreadable(copied):
     return repair
 
 
-@abandons_reads
 def test_a_checkpoint_that_the_system_cannot_read_is_not_damaged(copied, monkeypatch):
     monkeypatch.setattr(reading, "RETRY_SECONDS", [0])
     make_unreadable(copied)
@@ -272,7 +252,6 @@ def test_a_checkpoint_that_the_system_cannot_read_is_not_damaged(copied, monkeyp
     assert os.listdir(copied / "checkpoints") == before
 
 
-@abandons_reads
 def test_a_checkpoint_that_the_system_could_not_read_is_read_again(copied, trained):
     repair = make_unreadable(copied)
     timer = threading.Timer(0.5, repair)
@@ -282,7 +261,6 @@ def test_a_checkpoint_that_the_system_could_not_read_is_read_again(copied, train
     assert same(result.state, trained.state)
 
 
-@abandons_reads
 def test_when_no_checkpoint_can_be_read_nothing_is_trained(copied):
     for step in steps(copied):
         shutil.rmtree(copied / "checkpoints" / str(step) / "model")
@@ -413,7 +391,6 @@ def test_a_checkpoint_from_before_classes_were_saved_is_read(copied):
     assert reading.load_all(copied).classes == []
 
 
-@abandons_reads
 def test_what_is_damaged_is_said_once_and_in_words(copied, caplog):
     (newest, *_) = reversed(steps(copied))
     manifest = copied / "checkpoints" / str(newest) / "model" / "manifest.ocdbt"

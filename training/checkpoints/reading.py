@@ -12,9 +12,12 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import inspect
 import json
 import logging
 import re
+import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -240,6 +243,7 @@ def reading(folder: epath.Path) -> Iterator[ocp.CheckpointManager]:
     Raises:
       ConfigError: if the folder cannot be read.
     """
+    _pass_over_abandoned_reads()
     this = jax.process_index()
     options = ocp.CheckpointManagerOptions(
         create=False,
@@ -256,6 +260,26 @@ def reading(folder: epath.Path) -> Iterator[ocp.CheckpointManager]:
         raise ConfigError(f"{folder}: {error.strerror}") from error
     with manager:
         yield manager
+
+
+@functools.cache
+def _pass_over_abandoned_reads() -> None:
+    """Says nothing from now on of reads that end after the first to fail has ended them all.
+
+    TensorStore finds the event loop of Orbax closed, and Python finds coroutines that nobody waits
+    for; both would print pages.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(
+            unraisable.object
+        ):
+            before(unraisable)
+
+    warnings.filterwarnings("ignore", r"coroutine '\w+\._get_array_metadatas' was never awaited")
+
+    sys.unraisablehook = hook
 
 
 def read_items(reader: ocp.CheckpointManager, step: int, target: dict[str, Any]) -> Items:
