@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     import jax
     from flax import nnx
 
+# Other names of networks.
+ALIASES = {"vgg": "vgg16"}
+
 # Each name of --arch, with its module, its class and the options that it fixes.
 ARCHITECTURES = {
     "fcn": ("models.fcn", "FCN", {}),
-    "vgg": ("models.vgg", "VGG", {"depth": 16}),
     **{f"vgg{d}": ("models.vgg", "VGG", {"depth": d}) for d in (11, 13, 16, 19)},
     **{f"resnet{d}": ("models.resnet", "ResNet", {"depth": d}) for d in (18, 34, 50, 101, 152)},
 }
+
+
+ARCHITECTURES |= {alias: ARCHITECTURES[name] for alias, name in ALIASES.items()}
 
 
 def create(

@@ -14,7 +14,7 @@ from etils import epath
 from input_pipeline import cloud
 from input_pipeline.command_line import FOLDER
 from input_pipeline.specs import SPECS, DatasetSpec
-from models import ARCHITECTURES
+from models import ALIASES, ARCHITECTURES
 from training.errors import ConfigError
 from training.records import from_json
 
@@ -24,6 +24,9 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 PRECISIONS = ("f32", "bf16", "f64")
 MESH_AXES = ("data", "fsdp", "model")
 DATASETS = tuple(SPECS)
+
+# The loaders whose images are cropped and resized.
+OF_ANY_SIZE = ("imagenet", "folder", "noise")
 
 # Of fcn.
 DEPTH = 10
@@ -138,9 +141,12 @@ class TrainConfig:
         """
         _choose("--arch", self.arch, ARCHS)
         _choose("--dataset", self.dataset, DATASETS)
+        spec = SPECS[self.dataset]
         config = dataclasses.replace(
-            self._placed(), loss=SPECS[self.dataset].loss if self.loss is None else self.loss
+            self._placed(), loss=spec.loss if self.loss is None else self.loss
         )
+        if spec.loader in OF_ANY_SIZE and self.image_size is None:
+            config = dataclasses.replace(config, image_size=spec.image_shape[0])
         if self.arch == "fcn":
             depth, width = self.depth or DEPTH, self.width or WIDTH
             config = dataclasses.replace(config, depth=depth, width=width)
@@ -160,7 +166,7 @@ class TrainConfig:
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"--workers {self.workers}: must be at least 0")
         for name, loaders in (
-            ("image_size", ("imagenet", "folder", "noise")),
+            ("image_size", OF_ANY_SIZE),
             ("workers", ("imagenet", "folder")),
             ("mean", ("folder",)),
             ("std", ("folder",)),
@@ -202,7 +208,7 @@ class TrainConfig:
             )
 
     def _placed(self) -> "TrainConfig":
-        """The config with the flags checked that say where to compute and to write."""
+        """The config with the flags checked that say where, and the network by its first name."""
         if self.workdir is not None and (reason := cloud.obstacle(self.workdir)):
             raise ConfigError(f"--workdir {self.workdir}: {reason}")
         if self.platform is not None:
@@ -224,7 +230,11 @@ class TrainConfig:
                 f"--process_id {self.process_id}: must be at least 0 and less than --num_processes "
                 f"{self.num_processes}"
             )
-        return dataclasses.replace(self, distribute=self.distribute or self.coordinator is not None)
+        return dataclasses.replace(
+            self,
+            arch=ALIASES.get(self.arch, self.arch),
+            distribute=self.distribute or self.coordinator is not None,
+        )
 
     def to_evaluate(self) -> "TrainConfig":
         """Returns the config of ``--eval_only``, as far as it can be checked without its workdir.

@@ -70,10 +70,24 @@ def test_a_class_too_small_to_be_split_is_named(tree):
 
 
 def test_what_is_no_such_folder_is_said(tree):
+    with pytest.raises(DataError, match="~nosuchuser/x: the home folder of that user is unknown"):
+        folders.find("~nosuchuser/x")
+    with pytest.raises(DataError, match="a: File name too long"):
+        folders.find(tree / (300 * "a"))
     with pytest.raises(DataError, match="has no folder train, with a folder for each class"):
         folders.find(tree / "train")
     write_tree(tree, train=0, test=1, synsets=("fox",))
     with pytest.raises(DataError, match="not trained on: fox; it knows cat, dog, eel"):
+        folders.find(tree)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_what_may_not_be_read_is_said(tree):
+    (tree / "train" / "cat").chmod(0)
+    with pytest.raises(DataError, match=f"--data_dir {tree}/train/cat: Permission denied$"):
+        folders.find(tree)
+    tree.chmod(0)
+    with pytest.raises(DataError, match=f"--data_dir {tree}: Permission denied$"):
         folders.find(tree)
 
 

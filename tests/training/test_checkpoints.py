@@ -90,7 +90,7 @@ def test_the_best_epoch_is_kept_through_a_resumption(tmp_path, monkeypatch):
         ({"width": 17}, "--width 17: .* holds a run with --width 16; give that"),
         (
             {"arch": "vgg", "depth": None, "width": None},
-            "--arch vgg: .* holds a run with --arch fcn",
+            "--arch vgg16: .* holds a run with --arch fcn",
         ),
         ({"dataset": "synthetic_imagenet"}, "--dataset synthetic_imagenet: .* --dataset digits"),
         ({"seed": 1}, "--seed 1: .* --seed 0"),
@@ -104,6 +104,18 @@ def test_a_checkpoint_of_another_run_is_refused(copied, fields, message):
     with pytest.raises(ConfigError, match=message):
         train(TrainConfig(workdir=copied, **(FIELDS | fields)))
     assert steps(copied) == before
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_records_that_do_not_go_with_the_step_are_refused(copied, epochs):
+    for file in copied.glob("checkpoints/*/run/metadata"):
+        run = json.loads(file.read_text())
+        file.write_text(json.dumps(run | {"records": run["records"][:epochs]}))
+    message = (
+        f"its checkpoint of step \\d+ has records of {epochs} epochs, which do not go together"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(TrainConfig(workdir=copied, **(FIELDS | {"epochs": 9})))
 
 
 def files_of(checkpoint):

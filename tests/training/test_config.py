@@ -223,3 +223,20 @@ def test_what_an_evaluation_cannot_follow_is_refused(fields, message):
 def test_what_is_saved_by_minutes_or_by_steps():
     assert TrainConfig(save_every="2min").save_interval == (120, None)
     assert TrainConfig(save_every="500steps").save_interval == (float("inf"), 500)
+
+
+@pytest.mark.parametrize(
+    ("fields", "others"),
+    [
+        ({"arch": "vgg"}, {"arch": "vgg16"}),
+        ({"dataset": "imagenet"}, {"dataset": "imagenet", "image_size": 224}),
+        ({"dataset": "imagenet"}, {"dataset": "imagenet", "loss": "xent"}),
+        ({}, {"depth": 10, "width": 256}),
+    ],
+)
+def test_what_means_the_same_is_the_same_run(fields, others):
+    config = TrainConfig(**fields).resolved()
+    assert config == TrainConfig(**others).resolved()
+    TrainConfig(workdir="run", eval_only=True, **others).to_evaluate().check_same_run(
+        config, others
+    )

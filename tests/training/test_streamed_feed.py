@@ -1,5 +1,6 @@
 import functools
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -176,6 +177,19 @@ def test_data_that_can_no_longer_be_read_end_the_run(tmp_path, tree, monkeypatch
         )
     )
     assert np.isfinite((best.loss, last.loss)).all()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run_with_what_may_be_the_reason(tmp_path, tree):
+    def kill():
+        wait_for_epochs(tmp_path / "run", 1)
+        multiprocessing.active_children()[0].kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(ReadError, match=r"^a worker process was killed, .*; the last good checkpo"):
+        run(tmp_path, data_dir=tree, workers=1, epochs=10_000)
+    thread.join()
 
 
 class SignalWhenNamed(logging.Handler):

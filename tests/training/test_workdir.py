@@ -33,6 +33,28 @@ def test_nor_may_the_folder_above_have_such_a_name(tmp_path, monkeypatch):
         workdir.choose(TrainConfig())
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("~nosuchuser/run", "the home folder of that user is unknown"),
+        ("/tmp/" + 300 * "a", "File name too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_looked_for_is_said(path, reason):
+    for find in (lambda p: workdir.choose(TrainConfig(workdir=p)), workdir.located):
+        with pytest.raises(ConfigError, match=f"{path}: {reason}$"):
+            find(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look everywhere")
+def test_a_folder_that_may_not_be_looked_into_is_said(tmp_path):
+    shut = tmp_path / "shut"
+    shut.mkdir(mode=0)
+    for find in (lambda p: workdir.choose(TrainConfig(workdir=p)), workdir.located):
+        with pytest.raises(ConfigError, match=f"{shut}/run: Permission denied$"):
+            find(shut / "run")
+
+
 def test_choosing_makes_nothing(tmp_path):
     workdir.choose(TrainConfig(workdir=tmp_path / "a" / "b"))
     assert not list(tmp_path.iterdir())
