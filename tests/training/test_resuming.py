@@ -175,6 +175,19 @@ def test_a_second_interrupt_ends_at_once(before):
     assert (out, err, code) == ("", expected, 130)
 
 
+@pytest.mark.slow
+def test_a_workdir_that_is_moved_away_is_said(tmp_path):
+    process = start_run(tmp_path / "run", "--epochs", 100_000)
+    wait_for_epochs(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    process.send_signal(signal.SIGTERM)
+    _, err, code = finish(process)
+    assert code == 1
+    folder = tmp_path / "run" / "checkpoints"
+    assert err.splitlines()[-1] == f"stopped: cannot save in {folder}: No such file or directory"
+    assert "Traceback" not in err
+
+
 def test_two_runs_do_not_share_a_workdir(tmp_path):
     start_run(tmp_path, "--epochs", 100_000)
     wait_for_epochs(tmp_path)

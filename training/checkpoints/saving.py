@@ -332,7 +332,10 @@ def _lack_of_space(folder: epath.Path, items: ocp.args.Composite) -> str:
     arrays = jax.tree.leaves([items["model"].item, items["training"].item])
     # Compression may save some of this, but not much for random values.
     needed = sum(array.nbytes for array in arrays) + SMALL_FILES
-    free = shutil.disk_usage(folder).free
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:  # The workdir has been moved away.
+        return str(error.strerror)
     return "" if free >= needed else f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
 
 
