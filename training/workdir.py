@@ -35,7 +35,7 @@ def choose(config: TrainConfig) -> epath.Path:
     """
     if config.workdir is not None and cloud.is_remote(config.workdir):
         return _no_pattern(epath.Path(config.workdir))
-    path = _expanded(config.workdir) if config.workdir else _fresh(config)
+    path = _expanded(config.workdir, "--workdir ") if config.workdir else _fresh(config)
     with _explained(epath.Path(path)):
         ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
@@ -66,12 +66,12 @@ def located(path: epath.PathLike) -> epath.Path:
     return _no_pattern(epath.Path(folder))
 
 
-def _expanded(path: epath.PathLike) -> Path:
+def _expanded(path: epath.PathLike, flag: str = "") -> Path:
     """Returns the path with ``~`` or ``~user`` in full; raises ConfigError if that is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path}: the home folder of that user is unknown") from error
+        raise ConfigError(f"{flag}{path}: the home folder of that user is unknown") from error
 
 
 def _no_pattern(path: epath.Path) -> epath.Path:
