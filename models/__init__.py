@@ -1,4 +1,4 @@
-"""The networks, by name: Flax NNX modules without biases, for NHWC images of any size.
+"""The networks, by name: Flax NNX modules for NHWC images of any size.
 
 The names are known without importing Flax, so a command line can list them at once.
 """
@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "fcn": ("models.fcn", "FCN", {}),
     **{f"vgg{d}": ("models.vgg", "VGG", {"depth": d}) for d in (11, 13, 16, 19)},
     **{f"resnet{d}": ("models.resnet", "ResNet", {"depth": d}) for d in (18, 34, 50, 101, 152)},
+    "vit": ("models.vit", "ViT", {}),
 }
 
 

@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "models": set(),
     "input_pipeline": set(),
     "training": {"agd_jax", "models", "input_pipeline"},
+    "experiments": {"agd_jax", "models", "input_pipeline", "training"},
 }
 
 

@@ -195,8 +195,10 @@ class TrainConfig:
     def _check_bn_group(self) -> None:
         """Raises ConfigError if BatchNorm cannot take the batch by groups of that size."""
         group = self.bn_group
-        if group and self.arch == "fcn":
-            raise ConfigError(f"--bn_group {group}: is for networks with BatchNorm, not for fcn")
+        if group and self.arch in ("fcn", "vit"):
+            raise ConfigError(
+                f"--bn_group {group}: is for networks with BatchNorm, not for {self.arch}"
+            )
         if group and (group < 0 or self.train_bs % group):
             sizes = [n for n in range(1, self.train_bs + 1) if self.train_bs % n == 0]
             below = max((n for n in sizes if n < group), default=None)

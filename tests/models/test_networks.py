@@ -26,7 +26,7 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("dataset", SPECS)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, "vit"])
 def test_any_network_takes_any_data_set(arch, dataset):
     spec = SPECS[dataset]
     classes = spec.num_classes or 3  # Where only the data tell.

@@ -32,6 +32,10 @@ from training.errors import ConfigError
             r"--bn_group -1: does not divide --train_bs 128, as 1 would",
         ),
         ({"bn_group": 32}, r"--bn_group 32: is for networks with BatchNorm, not for fcn"),
+        (
+            {"arch": "vit", "bn_group": 32},
+            r"--bn_group 32: is for networks with BatchNorm, not for vit",
+        ),
         ({"gain": float("nan")}, r"--gain nan: must be positive and finite"),
         ({"dataset": "imagenet", "workers": -1}, r"--workers -1: must be at least 0"),
         (
@@ -140,7 +144,10 @@ COUNT = st.integers(1)
 NETWORKS = (
     fields(depth=COUNT, width=COUNT)
     | fields(arch=st.sampled_from(ARCHS))
-    | st.fixed_dictionaries({"arch": st.sampled_from(ARCHS[1:]), "bn_group": st.just(1)})
+    | st.fixed_dictionaries(
+        {"arch": st.sampled_from([a for a in ARCHS if a not in ("fcn", "vit")])},
+        optional={"bn_group": st.just(1)},
+    )
 )
 COLOUR = st.tuples(*[st.floats(0, exclude_min=True, allow_infinity=False)] * 3)
 OF_TREES = {"image_size": COUNT, "workers": st.integers(0)}

@@ -1,0 +1,1 @@
+"""Claims about optimisers, each measured by one command: ``python -m experiments run FIGURE``."""

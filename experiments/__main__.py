@@ -1,0 +1,136 @@
+"""``python -m experiments run FIGURE --budget cpu``, ``show FIGURE``, ``list``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import Positional
+
+from experiments.tasks import Budget, Task
+from input_pipeline.command_line import complain
+from input_pipeline.errors import DataError
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Takes the runs of a figure that are not there yet, then shows it."""
+
+    figure: Positional[str]
+    """The figure, as ``list`` names it."""
+    budget: Budget = "cpu"
+    """How large its runs are."""
+    results: Path = RESULTS
+    """The folder of finished runs, tables and pictures."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Prints the table of a figure and draws it, from the runs that are there."""
+
+    figure: Positional[str]
+    """The figure, as ``list`` names it."""
+    budget: Budget = "cpu"
+    """How large its runs are."""
+    results: Path = RESULTS
+    """The folder of finished runs, tables and pictures."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Lists the figures."""
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+)
+
+
+def main(command: Run | Show | List) -> None:
+    """Does what a command says.
+
+    Raises:
+      DataError: if the data of a task are not there, or the figure is unknown.
+    """
+    from experiments.figures import FIGURES
+
+    if isinstance(command, List):
+        for name, figure in FIGURES.items():
+            print(f"{name}: {(type(figure).__doc__ or '').splitlines()[0]}")
+        return
+    if command.figure not in FIGURES:
+        raise DataError(f"{command.figure}: unknown; choose from {', '.join(FIGURES)}")
+    if isinstance(command, Run):
+        take(command)
+    show(command)
+
+
+def take(command: Run) -> None:
+    """Takes the runs of a figure that are not there yet, those of a task and optimiser together."""
+    from experiments import runner
+    from experiments.figures import FIGURES
+    from experiments.store import Store
+
+    store = Store(command.results / "runs.jsonl")
+    # Programs are compiled once for all rates and seeds; two tasks at a time need not stay.
+    programs = functools.lru_cache(2)(
+        lambda name: runner.compile_programs(tasks_by_name[name[0]], name[1])
+    )
+    tasks_by_name: dict[str, Task] = {}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("")
+        while True:
+            runs = store.read()  # Another command may have added some.
+            needs = FIGURES[command.figure].needs(command.budget, runs)
+            missing = [need for need in needs if need.name not in runs]
+            progress.update(bar, total=len(needs), completed=len(needs) - len(missing))
+            if not missing:
+                return
+            task, optimizer, rate, seed = missing[0]
+            progress.update(bar, description=f"{task.name} {optimizer} {rate:g} seed {seed}")
+            label = str((task.name, sorted(task.settings.items()), task.batch_size, task.steps))
+            tasks_by_name.setdefault(label, task)
+            store.add(
+                runner.run(
+                    tasks_by_name[label], programs((label, optimizer)), optimizer, rate, seed
+                )
+            )
+
+
+def show(command: Run | Show) -> None:
+    """Prints the table of a figure, and writes it and the picture."""
+    from experiments.figures import FIGURES
+    from experiments.store import Store
+
+    figure = FIGURES[command.figure]
+    runs = Store(command.results / "runs.jsonl").read()
+    table = figure.table(command.budget, runs)
+    print(f"{table}\n\nPublished: {figure.published}")
+    file = command.results / f"{command.figure}-{command.budget}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".md").write_text(f"{table}\n\nPublished: {figure.published}\n")
+    figure.draw(command.budget, runs, file.with_suffix(".png"))
+    print(f"{file}.md, {file}.png")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Command, prog="python -m experiments", use_underscores=True))
+    except DataError as error:
+        complain(f"error: {error}")
+        sys.exit(2)

@@ -1,0 +1,83 @@
+"""A task on text: the characters of Shakespeare, and of our README for a quick look."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from experiments.tasks import Budget, Data, Task
+from input_pipeline import prepared
+from input_pipeline.errors import DataError
+from models.gpt import GPT
+
+# Where the text is, in the folder of TensorFlow Datasets.
+FILE = "shakespeare/input.txt"
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+VALIDATION_BATCHES, VALIDATION_BATCH = 10, 64
+
+
+def read(budget: Budget) -> str:
+    """Reads the text; raises DataError if it is not there."""
+    if budget == "smoke":
+        return (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    path = prepared.data_path() / FILE
+    if not path.exists():
+        raise DataError(f"{path}: is not there; download {URL} to it")
+    return path.read_text()
+
+
+def data(text: str, length: int) -> Data:
+    """Splits a text into nine tenths for training and one for validation, as windows."""
+    characters = sorted(set(text))
+    numbers = {character: number for number, character in enumerate(characters)}
+    tokens = np.array([numbers[character] for character in text], np.int32)
+    split = len(tokens) * 9 // 10
+    # The same windows for all runs, evenly spread.
+    count = VALIDATION_BATCHES * VALIDATION_BATCH
+    starts = np.linspace(split, len(tokens) - length - 1, count).astype(np.int32)
+
+    def windows(tokens: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        window = jax.vmap(lambda i: jax.lax.dynamic_slice_in_dim(tokens, i, length + 1))(starts)
+        return window[:, :-1], window[:, 1:]
+
+    def chosen(rng: np.random.Generator, steps: int, batch_size: int) -> np.ndarray:
+        return rng.integers(split - length, size=(steps, batch_size), dtype=np.int32)
+
+    def train(data: Any, chosen: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        del key  # Nothing is augmented.
+        return windows(data["tokens"], chosen)
+
+    def validation(data: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return windows(data["tokens"], data["starts"][index])
+
+    arrays = {"tokens": tokens, "starts": starts.reshape(VALIDATION_BATCHES, -1)}
+    return Data(jax.device_put(arrays), chosen, train, validation, VALIDATION_BATCHES)
+
+
+def gpt(
+    budget: Budget,
+    *,
+    depth: int = 4,
+    width: int = 128,
+    length: int = 64,
+    batch_size: int = 12,
+    steps: int | None = None,
+) -> Task:
+    """A small language model on characters, as nanoGPT trains one on a laptop."""
+    steps = steps or {"smoke": 10, "cpu": 2000, "gpu": 5000}[budget]
+    settings = {"depth": depth, "width": width, "length": length}
+    text = functools.cache(lambda: read(budget))
+    return Task(
+        "gpt",
+        {**settings, "text": "readme" if budget == "smoke" else "shakespeare"},
+        lambda rngs: GPT(len(set(text())), length, depth=depth, width=width, rngs=rngs),
+        functools.cache(lambda: data(text(), length)),
+        optax.softmax_cross_entropy_with_integer_labels,
+        batch_size,
+        steps,
+    )
