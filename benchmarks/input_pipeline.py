@@ -159,6 +159,10 @@ class Repeated:
         """That of the image."""
         return self._source.name(index % self._source.size)
 
+    def place(self, index: int) -> str:
+        """Where the image is."""
+        return self._source.place(index % self._source.size)
+
 
 class TorchImages:
     """A map-style data set as PyTorch users write it."""

@@ -41,6 +41,8 @@ class Memory:
     def name(self, index):
         return f"image {index}"
 
+    place = name
+
 
 def memory(count):
     return Memory([encoded(photograph(30, 40, seed=i)) for i in range(count)])
@@ -244,7 +246,7 @@ def test_a_record_that_the_system_could_not_read_is_read_again(monkeypatch):
                 raise OSError(errno.EIO, "Input/output error")
             return streaming.Record(image, 7)
 
-        def name(self, index):
+        def place(self, index):
             return "image.jpeg"
 
     example = streaming.EvalExamples(Source(failures=2), side=8)(0)
