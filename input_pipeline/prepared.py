@@ -105,9 +105,9 @@ def understanding(spec: DatasetSpec, data_dir: epath.PathLike) -> Iterator[None]
 def class_names(spec: DatasetSpec, builder: DatasetBuilder) -> tuple[str, ...]:
     """Returns the name of each class, in the order of the labels; raises DataError if some lack."""
     names = tuple(builder.info.features["label"].names)
-    if len(names) != spec.num_classes:
+    if len(set(names)) != spec.num_classes:
         raise DataError(
-            f"{builder.data_path}: names {len(names)} classes in label.labels.txt, and not "
+            f"{builder.data_path}: names {len(set(names))} classes in label.labels.txt, and not "
             f"{spec.num_classes}; prepare it again"
         )
     return names

@@ -204,6 +204,11 @@ def _decode(spec: DatasetSpec, builder: DatasetBuilder, split: str) -> Split:
                     f"{example['image'].shape}, not {spec.image_shape}; prepare it again"
                 )
             images[i], labels[i] = example["image"], example["label"]
+    if not np.all((labels >= 0) & (labels < spec.num_classes)):
+        raise DataError(
+            f"--dataset {spec.name}: {builder.data_path} has a label that is not 0 to "
+            f"{spec.num_classes - 1}; prepare it again"
+        )
     return Split(images, labels)
 
 

@@ -65,7 +65,7 @@ def test_every_optimiser_learns(optimizer):
         figures.final(runner.run(task, programs, optimizer, rate, 0))
         for rate in rates[1:3] or rates
     ]
-    assert min(losses) < 0.8
+    assert min(losses) < 0.9
 
 
 @pytest.mark.slow

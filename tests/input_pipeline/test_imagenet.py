@@ -245,8 +245,11 @@ def test_what_is_missing_is_said(tmp_path, make, message):
 
 def test_classes_without_names_are_said(prepared_imagenet):
     (names,) = prepared_imagenet().glob("imagenet2012/*/label.labels.txt")
-    names.write_text("\n".join(names.read_text().splitlines()[:499]))
-    root = names.parent.parent.parent
+    root, lines = names.parent.parent.parent, names.read_text().splitlines()
+    names.write_text("\n".join([lines[1], *lines[1:]]))
+    with pytest.raises(DataError, match=f"{names.parent}: names 999 classes in .*, and not 1000"):
+        imagenet.find(SPEC, root)
+    names.write_text("\n".join(lines[:499]))
     with pytest.raises(DataError, match=f"{names.parent}: names 499 classes in .*, and not 1000"):
         imagenet.find(SPEC, root)
     names.unlink()

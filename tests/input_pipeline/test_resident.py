@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import os
 import subprocess
 import sys
@@ -135,6 +136,14 @@ DAMAGE = {
     lambda folder: (folder / "dataset_info.json").write_text('{"new": 1}'): 'no field named "new"',
     name_a_module: "features.json names antigravity.*, which is not TFDS's own",
 }
+
+
+def test_a_label_of_no_class_is_said(prepared, monkeypatch):
+    data_dir = prepared("cifar10")
+    spec = dataclasses.replace(SPECS["cifar10"], num_classes=7)
+    monkeypatch.setattr(prepared_data, "class_names", lambda *_: tuple("abcdefg"))
+    with pytest.raises(DataError, match="has a label that is not 0 to 6; prepare it again"):
+        resident.load(spec, data_dir)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

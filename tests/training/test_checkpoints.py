@@ -106,6 +106,15 @@ def test_a_checkpoint_of_another_run_is_refused(copied, fields, message):
     assert steps(copied) == before
 
 
+def test_records_out_of_order_are_damage(copied, trained):
+    newest = copied / "checkpoints" / str(steps(copied)[-1])
+    path = newest / "run" / "metadata"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps(run | {"records": run["records"][::-1]}))
+    assert same(train(TrainConfig(workdir=copied, **FIELDS)).state, trained.state)
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_records_that_do_not_go_with_the_step_are_refused(copied, epochs):
     for file in copied.glob("checkpoints/*/run/metadata"):
@@ -180,6 +189,7 @@ def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained)
         {"seconds": "x"},
         {"position": None},
         {"config": [1]},
+        {"classes": [1, 2]},
     ],
 )
 def test_what_no_run_saves_is_damage(copied, trained, changes):

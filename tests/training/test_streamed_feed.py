@@ -201,7 +201,7 @@ class SignalWhenNamed(logging.Handler):
             signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
 def test_a_read_that_never_returns_is_named_and_a_signal_still_saves(
     tmp_path, tree, monkeypatch, split
 ):

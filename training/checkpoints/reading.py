@@ -293,8 +293,12 @@ def read_items(reader: ocp.CheckpointManager, step: int, target: dict[str, Any])
     saved = reader.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **arrays))
     run = from_json(RunItem, saved["run"])
     records = [from_json(EpochRecord, record) for record in run.records]
+    if [record.epoch for record in records] != list(range(1, len(records) + 1)):
+        raise ValueError("has epochs that are not in order")
     if any(record.step > step for record in records):
         raise ValueError(f"has an epoch that ended after step {step}")
+    if not all(isinstance(name, str) for name in run.classes):
+        raise ValueError("has a class whose name is no text")
     return dataclasses.replace(run, records=records), {name: saved[name] for name in target}
 
 
