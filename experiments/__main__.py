@@ -12,23 +12,11 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
-from experiments.tasks import Budget, Task
+from experiments.tasks import Budget
 from input_pipeline.command_line import complain
 from input_pipeline.errors import DataError
 
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Takes the runs of a figure that are not there yet, then shows it."""
-
-    figure: Positional[str]
-    """The figure, as ``list`` names it."""
-    budget: Budget = "cpu"
-    """How large its runs are."""
-    results: Path = RESULTS
-    """The folder of finished runs, tables and pictures."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,11 @@ class Show:
 
 
 @dataclass(frozen=True)
+class Run(Show):
+    """Takes the runs of a figure that are not there yet, then shows it."""
+
+
+@dataclass(frozen=True)
 class List:
     """Lists the figures."""
 
@@ -55,7 +48,7 @@ Command = (
 )
 
 
-def main(command: Run | Show | List) -> None:
+def main(command: Show | List) -> None:
     """Does what a command says.
 
     Raises:
@@ -82,10 +75,7 @@ def take(command: Run) -> None:
 
     store = Store(command.results / "runs.jsonl")
     # Programs are compiled once for all rates and seeds; two tasks at a time need not stay.
-    programs = functools.lru_cache(2)(
-        lambda name: runner.compile_programs(tasks_by_name[name[0]], name[1])
-    )
-    tasks_by_name: dict[str, Task] = {}
+    programs = functools.lru_cache(2)(runner.compile_programs)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -103,16 +93,10 @@ def take(command: Run) -> None:
                 return
             task, optimizer, rate, seed = missing[0]
             progress.update(bar, description=f"{task.name} {optimizer} {rate:g} seed {seed}")
-            label = str((task.name, sorted(task.settings.items()), task.batch_size, task.steps))
-            tasks_by_name.setdefault(label, task)
-            store.add(
-                runner.run(
-                    tasks_by_name[label], programs((label, optimizer)), optimizer, rate, seed
-                )
-            )
+            store.add(runner.run(task, programs(task, optimizer), optimizer, rate, seed))
 
 
-def show(command: Run | Show) -> None:
+def show(command: Show) -> None:
     """Prints the table of a figure, and writes it and the picture."""
     from experiments.figures import FIGURES
     from experiments.store import Store

@@ -19,6 +19,7 @@ from flax import nnx
 import agd_jax
 from experiments.optimizers import OPTIMIZERS
 from experiments.tasks import Task
+from training.state import split
 
 # Measurements along a run: of the training loss, and of each so many of the validation loss.
 POINTS = 40
@@ -26,10 +27,10 @@ VALIDATED = 2
 
 
 class State(NamedTuple):
-    """What a step changes: parameters, the rest of the network, the optimiser's state."""
+    """What a step changes: parameters, running averages, the optimiser's state."""
 
     params: Any
-    rest: Any
+    batch_stats: Any
     opt_state: Any
 
 
@@ -54,24 +55,18 @@ def key_of(task: Task, optimizer: str, rate: float, seed: int) -> dict[str, Any]
     }
 
 
-def split(model: nnx.Module) -> tuple[Any, Any]:
-    """Splits a network into its parameters and what else it has, as running averages."""
-    _, params, *rest = nnx.split(model, nnx.Param, ...)
-    return params, rest[0]
-
-
 def compile_programs(task: Task, optimizer: str) -> Programs:
     """Builds the programs of an optimiser on a task; each compiles when it is first called."""
     entry, data = OPTIMIZERS[optimizer], task.data()
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.network(nnx.Rngs(0))))
+    graphdef, *_ = split(nnx.eval_shape(lambda: task.network(nnx.Rngs(0))))
 
     @jax.jit
     def init(key: jax.Array, rate: jax.Array) -> State:
         start, orthogonal = jax.random.split(key)
-        params, rest = split(task.network(nnx.Rngs(start)))
+        _, params, batch_stats = split(task.network(nnx.Rngs(start)))
         if entry.orthogonal:
             params = agd_jax.orthogonal_init(orthogonal, params)
-        return State(params, rest, entry.make(rate, task.steps).init(params))
+        return State(params, batch_stats, entry.make(rate, task.steps).init(params))
 
     def step(
         state: State, rate: jax.Array, arrays: Any, chosen: jax.Array, key: jax.Array
@@ -79,15 +74,15 @@ def compile_programs(task: Task, optimizer: str) -> Programs:
         inputs, targets = data.train(arrays, chosen, key)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graphdef, params, state.rest, copy=True)
+            model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
             model.train()
             loss = jnp.mean(task.loss(model(inputs), targets))
-            return loss, split(model)[1]
+            return loss, nnx.state(model, nnx.BatchStat)
 
-        (loss, rest), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, batch_stats), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         tx = entry.make(rate, task.steps)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), rest, opt_state), loss
+        return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss
 
     # One program for any number of steps: XLA's CPU backend runs a loop of known length on one
     # thread, and convolutions in any loop.
@@ -129,7 +124,7 @@ def compile_programs(task: Task, optimizer: str) -> Programs:
     @jax.jit
     def validate(state: State, arrays: Any) -> tuple[jax.Array, jax.Array]:
         params = entry.eval_params(state.opt_state, state.params)
-        model = nnx.merge(graphdef, params, state.rest, copy=True)
+        model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
         model.eval()
 
         def body(index: jax.Array, sums: jax.Array) -> jax.Array:

@@ -77,11 +77,12 @@ def conv(
     size: int,
     stride: int = 1,
     *,
+    use_bias: bool = False,
     dtype: jax.typing.DTypeLike,
     param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """Returns a square convolution without bias. Its padding keeps the map's size at stride 1."""
+    """Returns a square convolution. Its padding keeps the map's size at stride 1."""
     return nnx.Conv(
         d_in,
         d_out,
@@ -89,7 +90,7 @@ def conv(
         strides=stride,
         # Equal on all sides. For even maps and stride 2, "SAME" would pad them unequally.
         padding=size // 2,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
         conv_general_dilated=_convolve,

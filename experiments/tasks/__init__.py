@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class Data:
     batches: int
 
 
-@dataclass(frozen=True)
+# Compared by identity: create() makes one of each.
+@dataclass(frozen=True, eq=False)
 class Task:
     """A network, its data and how long it is trained.
 
@@ -71,6 +73,7 @@ TASKS = {
 Budget = Literal["smoke", "cpu", "gpu"]
 
 
+@functools.cache
 def create(name: str, budget: Budget, **changes: Any) -> Task:
     """Makes a task.
 

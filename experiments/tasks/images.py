@@ -10,26 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-import models
 from experiments.tasks import Budget, Data, Task
 from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
-from models.cpu_convolution import convolve
+from models.fcn import FCN
+from models.layers import conv
 from models.vit import ViT
-from training.step import mse
+from training.step import LOSSES
 
 DATASETS = {"smoke": "digits", "cpu": "cifar10", "gpu": "cifar10"}
-VALIDATION_BATCH = 500
+VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 500
 
 
-def data(dataset: str, limit: int) -> Data:
-    """Loads a data set, with up to ``limit`` of its test images for validation."""
+@functools.cache
+def data(dataset: str) -> Data:
+    """Loads a data set, with :data:`VALIDATION_IMAGES` of its test images, if it has so many."""
     spec, arrays = SPECS[dataset], resident.load(SPECS[dataset])
-    limit = min(limit, arrays.test.size) // VALIDATION_BATCH * VALIDATION_BATCH or arrays.test.size
+    limit = min(VALIDATION_IMAGES, arrays.test.size)
+    limit = limit // VALIDATION_BATCH * VALIDATION_BATCH or arrays.test.size
     size = min(VALIDATION_BATCH, limit)
 
     def chosen(rng: np.random.Generator, steps: int, batch_size: int) -> np.ndarray:
@@ -58,44 +59,47 @@ def data(dataset: str, limit: int) -> Data:
 
 def task(
     name: str,
-    budget: Budget,
     network: Callable[..., nnx.Module],
-    settings: dict[str, Any],
+    loss: str,
     *,
     batch_size: int,
-    steps: int,
-    loss: str,
-    validation: int = 2000,
+    lengths: dict[Budget, int],
     convolutional: bool = False,
-) -> Task:
-    """Makes a task of a network whose first arguments are the image's shape and the classes."""
-    dataset = DATASETS[budget]
-    spec = SPECS[dataset]
-    return Task(
-        name,
-        {**settings, "dataset": dataset, "loss": loss, "validation": validation},
-        lambda rngs: network(spec.image_shape, spec.num_classes, rngs=rngs, **settings),
-        functools.cache(lambda: data(dataset, validation)),
-        {"mse": mse, "xent": optax.softmax_cross_entropy_with_integer_labels}[loss],
-        batch_size,
-        steps,
-        convolutional,
-    )
+    **defaults: Any,
+) -> Callable[..., Task]:
+    """Returns a function that makes a task, ``(budget, **changes) -> Task``.
 
+    Args:
+      name: the name of the task.
+      network: a class whose first arguments are the image's shape and the number of classes.
+      loss: one of :data:`training.step.LOSSES`.
+      batch_size: examples per step, unless changed.
+      lengths: the steps of a run for each budget, unless changed.
+      convolutional: whether the network has convolutions.
+      defaults: the other arguments of the network, unless changed.
+    """
 
-def fcn(
-    budget: Budget,
-    *,
-    depth: int = 8,
-    width: int = 256,
-    batch_size: int = 128,
-    steps: int | None = None,
-) -> Task:
-    """The paper's fully connected network, with its mean squared error."""
-    network = functools.partial(models.create, "fcn", dtype=jnp.float32, param_dtype=jnp.float32)
-    steps = steps or {"smoke": 20, "cpu": 3000, "gpu": 15_000}[budget]
-    settings = {"depth": depth, "width": width}
-    return task("fcn", budget, network, settings, batch_size=batch_size, steps=steps, loss="mse")
+    def make(
+        budget: Budget,
+        *,
+        batch_size: int = batch_size,
+        steps: int | None = None,
+        **changes: Any,
+    ) -> Task:
+        dataset, settings = DATASETS[budget], defaults | changes
+        spec = SPECS[dataset]
+        return Task(
+            name,
+            {**settings, "dataset": dataset, "loss": loss, "validation": VALIDATION_IMAGES},
+            lambda rngs: network(spec.image_shape, spec.num_classes, rngs=rngs, **settings),
+            lambda: data(dataset),
+            LOSSES[loss],
+            batch_size,
+            steps or lengths[budget],
+            convolutional,
+        )
+
+    return make
 
 
 class MLP(nnx.Module):
@@ -123,24 +127,6 @@ class MLP(nnx.Module):
         return self.head(x)
 
 
-def mlp(
-    budget: Budget,
-    *,
-    depth: int = 6,
-    width: int = 256,
-    batch_size: int = 128,
-    steps: int | None = None,
-) -> Task:
-    """A perceptron with biases and LayerNorm."""
-    steps = steps or {"smoke": 20, "cpu": 3000, "gpu": 15_000}[budget]
-    settings = {"depth": depth, "width": width}
-    return task("mlp", budget, MLP, settings, batch_size=batch_size, steps=steps, loss="xent")
-
-
-def _convolve(x: Any, kernel: Any, strides: Any, padding: Any, **_: Any) -> jax.Array:
-    return convolve(x, kernel, strides, padding)
-
-
 class CNN(nnx.Module):
     """A narrow pre-activation ResNet of three stages, with biases and affine BatchNorm."""
 
@@ -153,21 +139,15 @@ class CNN(nnx.Module):
         blocks: int,
         rngs: nnx.Rngs,
     ):
-        def conv(d_in: int, d_out: int, size: int = 3, stride: int = 1) -> nnx.Conv:
-            return nnx.Conv(
-                d_in,
-                d_out,
-                (size, size),
-                strides=stride,
-                padding=size // 2,
-                conv_general_dilated=_convolve,
-                rngs=rngs,
-            )
+        types: dict[str, Any] = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": rngs}
+
+        def convolution(d_in: int, d_out: int, size: int, stride: int = 1) -> nnx.Conv:
+            return conv(d_in, d_out, size, stride, use_bias=True, **types)
 
         def norm(width: int) -> nnx.BatchNorm:
             return nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
 
-        self.stem = conv(image_shape[2], width)
+        self.stem = convolution(image_shape[2], width, 3)
         self.blocks: nnx.List[nnx.Dict[Any]] = nnx.List()
         channels = width
         for stage in range(3):
@@ -176,12 +156,12 @@ class CNN(nnx.Module):
                 self.blocks.append(
                     nnx.Dict(
                         norm1=norm(channels),
-                        conv1=conv(channels, d_out, 3, stride),
+                        conv1=convolution(channels, d_out, 3, stride),
                         norm2=norm(d_out),
-                        conv2=conv(d_out, d_out),
+                        conv2=convolution(d_out, d_out, 3),
                         shortcut=None
                         if (channels, stride) == (d_out, 1)
-                        else conv(channels, d_out, 1, stride),
+                        else convolution(channels, d_out, 1, stride),
                     )
                 )
                 channels = d_out
@@ -199,38 +179,41 @@ class CNN(nnx.Module):
         return self.head(jnp.mean(nnx.relu(self.norm(x)), axis=(1, 2)))
 
 
-def cnn(
-    budget: Budget,
-    *,
-    width: int = 16,
-    blocks: int = 1,
-    batch_size: int = 64,
-    steps: int | None = None,
-) -> Task:
-    """A narrow ResNet with biases and affine BatchNorm."""
-    steps = steps or {"smoke": 10, "cpu": 600, "gpu": 15_000}[budget]
-    settings = {"width": width, "blocks": blocks}
-    return task(
-        "cnn",
-        budget,
-        CNN,
-        settings,
-        batch_size=batch_size,
-        steps=steps,
-        loss="xent",
-        convolutional=True,
-    )
-
-
-def vit(
-    budget: Budget,
-    *,
-    depth: int = 4,
-    width: int = 96,
-    batch_size: int = 64,
-    steps: int | None = None,
-) -> Task:
-    """A small vision transformer."""
-    steps = steps or {"smoke": 10, "cpu": 400, "gpu": 15_000}[budget]
-    settings = {"depth": depth, "width": width}
-    return task("vit", budget, ViT, settings, batch_size=batch_size, steps=steps, loss="xent")
+# The paper's fully connected network, with its mean squared error.
+fcn = task(
+    "fcn",
+    FCN,
+    "mse",
+    batch_size=128,
+    lengths={"smoke": 20, "cpu": 3000, "gpu": 15_000},
+    depth=8,
+    width=256,
+)
+mlp = task(
+    "mlp",
+    MLP,
+    "xent",
+    batch_size=128,
+    lengths={"smoke": 20, "cpu": 3000, "gpu": 15_000},
+    depth=6,
+    width=256,
+)
+cnn = task(
+    "cnn",
+    CNN,
+    "xent",
+    batch_size=64,
+    lengths={"smoke": 10, "cpu": 600, "gpu": 15_000},
+    convolutional=True,
+    width=16,
+    blocks=1,
+)
+vit = task(
+    "vit",
+    ViT,
+    "xent",
+    batch_size=64,
+    lengths={"smoke": 10, "cpu": 400, "gpu": 15_000},
+    depth=4,
+    width=96,
+)

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from experiments.tasks import Budget, Data, Task
 from input_pipeline import prepared
 from input_pipeline.errors import DataError
 from models.gpt import GPT
+from training.step import LOSSES
 
 # Where the text is, in the folder of TensorFlow Datasets.
 FILE = "shakespeare/input.txt"
@@ -21,6 +21,7 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 VALIDATION_BATCHES, VALIDATION_BATCH = 10, 64
 
 
+@functools.cache
 def read(budget: Budget) -> str:
     """Reads the text; raises DataError if it is not there."""
     if budget == "smoke":
@@ -31,6 +32,7 @@ def read(budget: Budget) -> str:
     return path.read_text()
 
 
+@functools.cache
 def data(text: str, length: int) -> Data:
     """Splits a text into nine tenths for training and one for validation, as windows."""
     characters = sorted(set(text))
@@ -71,13 +73,12 @@ def gpt(
     """A small language model on characters, as nanoGPT trains one on a laptop."""
     steps = steps or {"smoke": 10, "cpu": 2000, "gpu": 5000}[budget]
     settings = {"depth": depth, "width": width, "length": length}
-    text = functools.cache(lambda: read(budget))
     return Task(
         "gpt",
         {**settings, "text": "readme" if budget == "smoke" else "shakespeare"},
-        lambda rngs: GPT(len(set(text())), length, depth=depth, width=width, rngs=rngs),
-        functools.cache(lambda: data(text(), length)),
-        optax.softmax_cross_entropy_with_integer_labels,
+        lambda rngs: GPT(len(set(read(budget))), length, depth=depth, width=width, rngs=rngs),
+        lambda: data(read(budget), length),
+        LOSSES["xent"],
         batch_size,
         steps,
     )
