@@ -15,9 +15,6 @@ from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError, ReadError, SaveError
 from training.signals import Stopped
 
-# How long a run that ends waits for threads whose reads may never return.
-PATIENCE_SECONDS = 10
-
 
 def main() -> int:
     """Returns the exit code: 0, 1 if training failed, 2 if it was asked for in a wrong way.
@@ -64,7 +61,7 @@ def main() -> int:
         code = 128 + stopped.signum
         if stopped.stalled:
             # Python would wait for threads that read.
-            last = threading.Timer(PATIENCE_SECONDS, os._exit, (code,))
+            last = threading.Timer(signals.PATIENCE_SECONDS, os._exit, (code,))
             last.daemon = True
             last.start()
         return code

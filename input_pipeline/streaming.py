@@ -252,9 +252,7 @@ class Noise:
         """Raises IndexError, as there are no records."""
         raise IndexError(index)
 
-    def place(self, index: int) -> str:
-        """Raises IndexError, as there are no records."""
-        raise IndexError(index)
+    place = name
 
     def fingerprint(self) -> int:
         """Returns the number of examples."""

@@ -28,7 +28,7 @@ from input_pipeline.resident import Arrays, Split
 from input_pipeline.specs import DatasetSpec
 from training import metrics, sharding
 from training.metrics import Metrics, TrainMetrics
-from training.signals import Request
+from training.signals import PATIENCE_SECONDS, Request
 from training.state import TrainState
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 
 # How often a feed that waits for data looks whether the run is asked to end.
 POLL_SECONDS = 0.5
-# How long it goes on waiting where other processes wait for it, and how long for those who read.
-PATIENCE_SECONDS = 10
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
 EvalStep = Callable[[TrainState, Batch], Metrics]
@@ -447,12 +445,14 @@ class StreamedFeed(_OnMesh):
 
     def close(self) -> None:
         """Stops the worker processes, and waits for them, though not long if they are stalled."""
+        if not self._stalled:
+            self._close()
+            return
+        for worker in multiprocessing.active_children():
+            worker.kill()
         closing = threading.Thread(target=self._close, daemon=True)
-        if self._stalled:
-            for worker in multiprocessing.active_children():
-                worker.kill()
         closing.start()
-        closing.join(PATIENCE_SECONDS if self._stalled else None)
+        closing.join(PATIENCE_SECONDS)
 
     def _close(self) -> None:
         self._train.close()

@@ -11,6 +11,9 @@ from etils import epath
 
 from input_pipeline.command_line import silence
 
+# How long a run that is asked to end waits for data, and for who reads them, that may never come.
+PATIENCE_SECONDS = 10
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
