@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -68,47 +69,69 @@ def main(command: Show | List) -> None:
 
 
 def take(command: Run) -> None:
-    """Takes the runs of a figure that are not there yet, those of a task and optimiser together."""
+    """Takes the runs of a figure that are not there yet, those of a task and optimiser together.
+
+    Another command for the same results takes other tasks or optimisers meanwhile.
+    """
+    from filelock import Timeout
+
     from experiments import runner
     from experiments.figures import FIGURES
+    from experiments.figures.runs import Need
     from experiments.store import Store
 
     store = Store(command.results / "runs.jsonl")
-    # Programs are compiled once for all rates and seeds; two tasks at a time need not stay.
-    programs = functools.lru_cache(2)(runner.compile_programs)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
+
+    def missing() -> list[Need]:
+        runs = store.read()  # Another command may have added some.
+        needs = FIGURES[command.figure].needs(command.budget, runs)
+        found = [need for need in needs if need.name not in runs]
+        progress.update(bar, total=len(needs), completed=len(needs) - len(found))
+        return found
+
+    def take_group(group: str) -> None:
+        programs = None  # Compiled once for all rates and seeds.
+        while needs := [need for need in missing() if need.group == group]:
+            task, optimizer, rate, seed = needs[0]
+            progress.update(bar, description=f"{task.name} {optimizer} {rate:g} seed {seed}")
+            programs = programs or runner.compile_programs(task, optimizer)
+            store.add(runner.run(task, programs, optimizer, rate, seed))
+
     with Progress(*columns) as progress:
         bar = progress.add_task("")
-        while True:
-            runs = store.read()  # Another command may have added some.
-            needs = FIGURES[command.figure].needs(command.budget, runs)
-            missing = [need for need in needs if need.name not in runs]
-            progress.update(bar, total=len(needs), completed=len(needs) - len(missing))
-            if not missing:
-                return
-            task, optimizer, rate, seed = missing[0]
-            progress.update(bar, description=f"{task.name} {optimizer} {rate:g} seed {seed}")
-            store.add(runner.run(task, programs(task, optimizer), optimizer, rate, seed))
+        while groups := dict.fromkeys(need.group for need in missing()):
+            for group in groups:
+                with contextlib.suppress(Timeout), store.lock(group).acquire(timeout=0):
+                    take_group(group)
+                    break
+            else:
+                progress.update(bar, description="waiting for another command")
+                time.sleep(5)
 
 
 def show(command: Show) -> None:
-    """Prints the table of a figure, and writes it and the picture."""
+    """Prints the tables of a figure, and writes them and its picture."""
     from experiments.figures import FIGURES
     from experiments.store import Store
 
     figure = FIGURES[command.figure]
     runs = Store(command.results / "runs.jsonl").read()
-    table = figure.table(command.budget, runs)
-    print(f"{table}\n\nPublished: {figure.published}")
+    tables = [
+        table.to_markdown(index=False, disable_numparse=True)
+        for table in figure.tables(command.budget, runs)
+    ]
+    text = "\n\n".join([*tables, f"Published: {figure.published}"])
+    print(text)
     file = command.results / f"{command.figure}-{command.budget}"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".md").write_text(f"{table}\n\nPublished: {figure.published}\n")
-    figure.draw(command.budget, runs, file.with_suffix(".png"))
+    file.with_suffix(".md").write_text(f"{text}\n")
+    figure.draw(command.budget, runs).savefig(file.with_suffix(".png"), dpi=110)
     print(f"{file}.md, {file}.png")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,63 +12,135 @@ from optax import contrib
 
 import agd_jax
 
-Rate = jax.Array
+Schedule = Callable[[jax.Array], jax.Array]
 
 
 class Optimizer(NamedTuple):
     """An optimiser with its settings.
 
     Attributes:
-      make: ``(rate, steps) -> optimiser``, for a learning rate that is traced and the number of
-        steps of the run.
-      rates: the learning rates that are tried; one for what needs none.
+      make: ``(rate, steps, **settings) -> optimiser``, for a learning rate that is traced and the
+        number of steps of the run.
+      settings: its other arguments, as JSON values: part of the key of each run.
+      rates: the learning rates that are tried, rising; one for what needs none.
       orthogonal: whether it starts from :func:`agd_jax.orthogonal_init`, not from Flax's weights.
-      eval_params: ``(opt_state, params)`` to the parameters that are evaluated.
+      averages: whether ``contrib.schedule_free_eval_params`` gives what is evaluated.
     """
 
-    make: Callable[[Rate, int], optax.GradientTransformation]
+    make: Callable[..., optax.GradientTransformation]
+    settings: Mapping[str, Any] = {}
     rates: tuple[float, ...] = (1.0,)
     orthogonal: bool = False
-    eval_params: Callable[[Any, Any], Any] = lambda opt_state, params: params
+    averages: bool = False
+
+    def create(self, rate: jax.Array, steps: int) -> optax.GradientTransformation:
+        """Returns the optimiser, for a learning rate and a number of steps."""
+        return self.make(rate, steps, **self.settings)
 
 
-def cosine(rate: Rate, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Returns a schedule: linear over the first twentieth of the steps, then a cosine to zero."""
-    warmup = max(1, steps // 20)
+def cosine(rate: jax.Array, steps: int, warmup: float) -> Schedule:
+    """Returns a schedule: linear over a part of the steps, then a cosine to zero."""
+    first = max(1, round(warmup * steps))
 
     def schedule(step: jax.Array) -> jax.Array:
-        falling = 0.5 * (1 + jnp.cos(jnp.pi * (step - warmup) / max(1, steps - warmup)))
-        return rate * jnp.where(step < warmup, (step + 1) / warmup, falling)
+        falling = 0.5 * (1 + jnp.cos(jnp.pi * (step - first) / max(1, steps - first)))
+        return rate * jnp.where(step < first, (step + 1) / first, falling)
 
     return schedule
 
 
+def without_rate(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns how an optimiser is made that needs neither a learning rate nor the steps."""
+    return lambda rate, steps, **settings: make(**settings)
+
+
+def constant(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns how an optimiser is made with a constant learning rate."""
+    return lambda rate, steps, **settings: make(rate, **settings)
+
+
+def scheduled(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns how an optimiser is made with warm-up and cosine decay."""
+    return lambda rate, steps, warmup, **settings: make(cosine(rate, steps, warmup), **settings)
+
+
+def muon(rate: float | jax.Array | Schedule, adam_share: float, **settings: Any) -> Any:
+    """Returns Muon for matrices and kernels inside of a network, and Adam for all else.
+
+    Args:
+      rate: the learning rate of Muon, or its schedule.
+      adam_share: the learning rate of Adam, as a part of Muon's.
+      settings: other arguments of ``contrib.muon``.
+    """
+    adam = (lambda step: adam_share * rate(step)) if callable(rate) else adam_share * rate
+    return contrib.muon(
+        rate, adam_learning_rate=adam, muon_weight_dimension_numbers=_matrices, **settings
+    )
+
+
+def _matrices(params: Any) -> Any:
+    """Says which axes of a parameter Muon takes as rows and columns, None where Adam is used."""
+
+    def dimensions(path: Any, param: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        names = jax.tree_util.keystr(path)
+        if param.ndim < 2 or any(name in names for name in ("head", "embed", "positions", "token")):
+            return None
+        return contrib.MuonDimensionNumbers(tuple(range(param.ndim - 1)), param.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def schedule_free_adamw(
+    rate: jax.Array, steps: int, *, own_rate: float, warmup: float, **settings: Any
+) -> Any:
+    """Returns schedule-free AdamW at a rate of its own, with warm-up over a part of the steps."""
+    warmup_steps = max(1, round(warmup * steps))
+    return contrib.schedule_free_adamw(own_rate, warmup_steps=warmup_steps, **settings)
+
+
+def schedule_free_muon(
+    rate: jax.Array, steps: int, *, own_rate: float, b1: float, **settings: Any
+) -> Any:
+    """Returns schedule-free averaging around :func:`muon`, at a rate of its own."""
+    return contrib.schedule_free(muon(own_rate, **settings), own_rate, b1=b1)
+
+
 ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
-MUON = (5e-3, 1e-2, 2e-2, 5e-2)
+MUON = (3e-3, 1e-2, 3e-2, 1e-1)
 
 OPTIMIZERS = {
-    "agd": Optimizer(lambda rate, steps: agd_jax.agd(), orthogonal=True),
-    "sgd": Optimizer(lambda rate, steps: optax.sgd(rate, momentum=0.9), (0.003, 0.01, 0.03, 0.1)),
-    "adamw": Optimizer(lambda rate, steps: optax.adamw(rate), ADAM),
-    "adamw_cosine": Optimizer(lambda rate, steps: optax.adamw(cosine(rate, steps), b2=0.99), ADAM),
-    "muon": Optimizer(lambda rate, steps: contrib.muon(rate), MUON),
-    "muon_cosine": Optimizer(lambda rate, steps: contrib.muon(cosine(rate, steps)), MUON),
-    # The setting of AlgoPerf's winner.
+    # A higher revision has its runs taken again: when agd() takes other steps than before.
+    "agd": Optimizer(
+        without_rate(lambda revision: agd_jax.agd()), {"revision": 1}, orthogonal=True
+    ),
+    "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "adam": Optimizer(constant(optax.adam), rates=ADAM),
+    "adamw": Optimizer(constant(optax.adamw), {"weight_decay": 1e-4}, ADAM),
+    "adamw_cosine": Optimizer(
+        scheduled(optax.adamw), {"warmup": 0.05, "b2": 0.99, "weight_decay": 1e-4}, ADAM
+    ),
+    "muon": Optimizer(constant(muon), {"adam_share": 0.15}, MUON),
+    "muon_cosine": Optimizer(scheduled(muon), {"warmup": 0.05, "adam_share": 0.15}, MUON),
+    # The settings of the winner of AlgoPerf's self-tuning track.
     "schedule_free_adamw": Optimizer(
-        lambda rate, steps: contrib.schedule_free_adamw(
-            0.0025,
-            warmup_steps=max(1, steps // 20),
-            b1=0.9,
-            b2=0.9955159689799007,
-            weight_decay=0.08121616522670176,
-        ),
-        eval_params=contrib.schedule_free_eval_params,
+        schedule_free_adamw,
+        {
+            "own_rate": 0.0025,
+            "warmup": 0.02,
+            "b1": 0.9,
+            "b2": 0.9955159689799007,
+            "weight_decay": 0.08121616522670176,
+        },
+        averages=True,
     ),
+    # Near to SF-NorMuon (arXiv:2605.23061) and AMUSE (arXiv:2605.22432): momentum before the
+    # matrix is orthogonalised, and averaged iterates. The momentum of Adam is the averaging.
     "schedule_free_muon": Optimizer(
-        lambda rate, steps: contrib.schedule_free(contrib.muon(0.02), 0.02, b1=0.9),
-        eval_params=contrib.schedule_free_eval_params,
+        schedule_free_muon,
+        {"own_rate": 0.02, "b1": 0.9, "adam_share": 0.15, "adam_b1": 0.0},
+        averages=True,
     ),
-    "prodigy": Optimizer(lambda rate, steps: contrib.prodigy()),
-    "dowg": Optimizer(lambda rate, steps: contrib.dowg()),
-    "mechanic": Optimizer(lambda rate, steps: contrib.mechanize(optax.adamw(1.0))),
+    "prodigy": Optimizer(without_rate(contrib.prodigy)),
+    "dowg": Optimizer(without_rate(contrib.dowg)),
+    "mechanic": Optimizer(without_rate(lambda: contrib.mechanize(optax.adamw(1.0)))),
 }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 
 class Store:
@@ -37,6 +40,12 @@ class Store:
             os.write(file, line)
         finally:
             os.close(file)
+
+    def lock(self, what: str) -> FileLock:
+        """Returns the lock of a part of the runs, for one command at a time to take them."""
+        folder = self.path.parent / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{zlib.crc32(what.encode()):08x}.lock")
 
 
 def name(key: dict[str, Any]) -> str:

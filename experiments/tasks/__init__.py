@@ -69,6 +69,8 @@ TASKS = {
     "cnn": "images",
     "vit": "images",
     "gpt": "text",
+    "resnet18": "images",
+    "vgg16": "images",
 }
 Budget = Literal["smoke", "cpu", "gpu"]
 

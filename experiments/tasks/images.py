@@ -16,12 +16,12 @@ from experiments.tasks import Budget, Data, Task
 from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
+from models import create
 from models.fcn import FCN
 from models.layers import conv
 from models.vit import ViT
 from training.step import LOSSES
 
-DATASETS = {"smoke": "digits", "cpu": "cifar10", "gpu": "cifar10"}
 VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 500
 
 
@@ -64,6 +64,7 @@ def task(
     *,
     batch_size: int,
     lengths: dict[Budget, int],
+    dataset: str = "cifar10",
     convolutional: bool = False,
     **defaults: Any,
 ) -> Callable[..., Task]:
@@ -75,6 +76,7 @@ def task(
       loss: one of :data:`training.step.LOSSES`.
       batch_size: examples per step, unless changed.
       lengths: the steps of a run for each budget, unless changed.
+      dataset: the images; those of a ``smoke`` run are always the digits.
       convolutional: whether the network has convolutions.
       defaults: the other arguments of the network, unless changed.
     """
@@ -86,13 +88,13 @@ def task(
         steps: int | None = None,
         **changes: Any,
     ) -> Task:
-        dataset, settings = DATASETS[budget], defaults | changes
-        spec = SPECS[dataset]
+        images, settings = "digits" if budget == "smoke" else dataset, defaults | changes
+        spec = SPECS[images]
         return Task(
             name,
-            {**settings, "dataset": dataset, "loss": loss, "validation": VALIDATION_IMAGES},
+            {**settings, "dataset": images, "loss": loss, "validation": VALIDATION_IMAGES},
             lambda rngs: network(spec.image_shape, spec.num_classes, rngs=rngs, **settings),
-            lambda: data(dataset),
+            lambda: data(images),
             LOSSES[loss],
             batch_size,
             steps or lengths[budget],
@@ -216,4 +218,17 @@ vit = task(
     lengths={"smoke": 10, "cpu": 400, "gpu": 15_000},
     depth=4,
     width=96,
+)
+# The paper's convolutional networks.
+resnet18, vgg16 = (
+    task(
+        name,
+        functools.partial(create, name, dtype=jnp.float32, param_dtype=jnp.float32),
+        "mse",
+        batch_size=128,
+        lengths={"smoke": 2, "cpu": 390, "gpu": 78_000},
+        dataset=dataset,
+        convolutional=True,
+    )
+    for name, dataset in (("resnet18", "cifar10"), ("vgg16", "cifar100"))
 )

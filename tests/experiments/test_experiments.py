@@ -1,49 +1,87 @@
 import json
 import math
+import threading
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
-from experiments import figures, runner, tasks
+from experiments import __main__ as program
+from experiments import runner, tasks
 from experiments.__main__ import Run, main
-from experiments.figures import FIGURES, Need, Yardstick
-from experiments.optimizers import OPTIMIZERS, cosine
+from experiments.figures import FIGURES, paper, runs, yardstick
+from experiments.figures.runs import Need
+from experiments.figures.yardstick import Yardstick
+from experiments.optimizers import OPTIMIZERS, cosine, muon
 from experiments.store import Store, name
 from models.gpt import GPT
 from models.vit import ViT
 
 
 def fake(need, losses, **fields):
-    """A finished run of these validation losses, a step apart."""
-    points = [[step + 1, loss, 0.5, 0.1 * (step + 1)] for step, loss in enumerate(losses)]
-    return {"key": runner.key_of(*need), "validation": points, "diverged": False} | fields
+    """A finished run of these losses, a step apart."""
+    columns = {"step": [step + 1 for step in range(len(losses))], "loss": losses}
+    return {
+        "key": runner.key_of(*need),
+        "train": columns,
+        "validation": columns | {"accuracy": [0.5] * len(losses)},
+        "diverged": False,
+        "seconds_per_step": 0.1,
+    } | fields
 
 
 def test_a_run_is_measured_along_the_way():
     task = tasks.create("fcn", "smoke", steps=12, depth=3, width=16)
     programs = runner.compile_programs(task, "agd")
     run = runner.run(task, programs, "agd", 1.0, 0)
-    assert [step for step, _ in run["train"]] == list(range(1, 13))
-    assert [step for step, *_ in run["validation"]] == [2, 4, 6, 8, 10, 12]
-    first, last = run["validation"][0], run["validation"][-1]
-    assert last[1] < 0.9 * first[1]
-    assert last[2] > first[2]
+    train, validation = run["train"], run["validation"]
+    assert train["step"] == list(range(1, 13))
+    assert validation["step"] == [2, 4, 6, 8, 10, 12]
+    assert validation["loss"][-1] < 0.9 * validation["loss"][0]
+    assert validation["accuracy"][-1] > validation["accuracy"][0]
+    # One step between two points, so one eta, to which the size of a step is in proportion.
+    assert train["eta_min"] == train["eta_max"]
+    ratios = np.array(train["size"]) / np.array(train["eta_min"])
+    np.testing.assert_allclose(ratios, ratios[0], rtol=0.1)
     assert not run["diverged"]
     assert json.loads(json.dumps(run)) == run
     again = runner.run(task, programs, "agd", 1.0, 0)
-    assert again["train"] == run["train"]
-    assert runner.run(task, programs, "agd", 1.0, 1)["train"] != run["train"]
+    assert again["train"] == train
+    assert runner.run(task, programs, "agd", 1.0, 1)["train"] != train
+
+
+def test_the_range_of_eta_is_over_all_steps_between_two_points(monkeypatch):
+    task = tasks.create("fcn", "smoke", steps=12, depth=3, width=16)
+    programs = runner.compile_programs(task, "agd")
+    fine = runner.run(task, programs, "agd", 1.0, 0)["train"]
+    monkeypatch.setattr(runner, "POINTS", 3)
+    coarse = runner.run(task, programs, "agd", 1.0, 0)["train"]
+    assert coarse["step"] == [4, 8, 12]
+    for column, of in (("eta_min", min), ("eta_max", max), ("loss", np.mean)):
+        expected = [of(fine[column][i : i + 4]) for i in (0, 4, 8)]
+        np.testing.assert_allclose(coarse[column], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_convolutions_step_by_step_are_seen_as_in_a_loop(monkeypatch):
+    task = tasks.create("cnn", "smoke", steps=4, width=4, batch_size=8)
+    one_by_one = runner.run(task, runner.compile_programs(task, "agd"), "agd", 1.0, 0)
+    monkeypatch.setattr(runner.jax, "default_backend", lambda: "tpu")
+    loop = runner.run(task, runner.compile_programs(task, "agd"), "agd", 1.0, 0)
+    for column, values in one_by_one["train"].items():
+        np.testing.assert_allclose(values, loop["train"][column], rtol=1e-3)
 
 
 def test_the_rate_is_an_argument_of_the_programs():
     task = tasks.create("fcn", "smoke", steps=4, depth=3, width=16)
     programs = runner.compile_programs(task, "sgd")
-    slow, fast = (runner.run(task, programs, "sgd", rate, 0) for rate in (1e-4, 1e-2))
-    assert slow["train"][0] == fast["train"][0]
-    assert slow["train"][-1] != fast["train"][-1]
+    slow, fast = (runner.run(task, programs, "sgd", rate, 0)["train"] for rate in (1e-4, 1e-2))
+    assert slow["loss"][0] == fast["loss"][0]
+    assert slow["loss"][-1] != fast["loss"][-1]
     assert programs.steps._cache_size() == 1
 
 
@@ -51,8 +89,48 @@ def test_a_run_that_diverges_is_a_result():
     task = tasks.create("fcn", "smoke", steps=40)
     run = runner.run(task, runner.compile_programs(task, "sgd"), "sgd", 0.1, 0)
     assert run["diverged"]
-    assert len(run["train"]) < 40
-    assert figures.final(run) == math.inf
+    assert len(run["train"]["step"]) < 40
+    assert runs.final(run) == math.inf
+    step = run["train"]["step"][-1]
+    assert runs.row([run], rate=0.1) == {"rate": 0.1, "train loss": f"diverged by step {step}"}
+
+
+def test_all_that_determines_a_run_is_in_its_key():
+    keys = [
+        runner.key_of(tasks.create("fcn", "smoke", **changes), optimizer, rate, seed)
+        for changes, optimizer, rate, seed in (
+            ({}, "adamw", 0.1, 0),
+            ({"depth": 3}, "adamw", 0.1, 0),
+            ({"batch_size": 3}, "adamw", 0.1, 0),
+            ({"steps": 3}, "adamw", 0.1, 0),
+            ({}, "adam", 0.1, 0),
+            ({}, "adamw", 0.2, 0),
+            ({}, "adamw", 0.1, 1),
+        )
+    ]
+    assert len(set(map(name, keys))) == len(keys)
+    assert keys[0]["optimizer_settings"] == {"weight_decay": 1e-4}
+
+
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 8))
+    params = {"conv": {"kernel": kernel}, "head": {"kernel": jnp.ones((8, 2))}}
+    tx = muon(1.0, adam_share=0.5)
+    updates, _ = tx.update(params, tx.init(params), params)
+    singular = jnp.linalg.svd(updates["conv"]["kernel"].reshape(36, 8), compute_uv=False)
+    assert singular.max() / singular.min() < 2
+    adam = optax.adamw(0.5, b2=0.999, weight_decay=0, nesterov=True)
+    expected, _ = adam.update(params["head"], adam.init(params["head"]), params["head"])
+    np.testing.assert_allclose(updates["head"]["kernel"], expected["kernel"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_averaged_weights_have_statistics_of_their_own():
+    task = tasks.create("cnn", "smoke", steps=30, width=8)
+    programs = runner.compile_programs(task, "schedule_free_adamw")
+    # Without these, BatchNorm has those of weights elsewhere, and the loss is far higher.
+    run = runner.run(task, programs, "schedule_free_adamw", 1.0, 0)
+    assert run["validation"]["loss"][-1] < run["train"]["loss"][-1] + 0.3
 
 
 @pytest.mark.slow
@@ -62,8 +140,7 @@ def test_every_optimiser_learns(optimizer):
     programs = runner.compile_programs(task, optimizer)
     rates = OPTIMIZERS[optimizer].rates
     losses = [
-        figures.final(runner.run(task, programs, optimizer, rate, 0))
-        for rate in rates[1:3] or rates
+        runs.final(runner.run(task, programs, optimizer, rate, 0)) for rate in rates[1:3] or rates
     ]
     assert min(losses) < 0.9
 
@@ -73,11 +150,11 @@ def test_every_optimiser_learns(optimizer):
 def test_every_task_is_learnt(task):
     task = tasks.create(task, "smoke")
     run = runner.run(task, runner.compile_programs(task, "adamw"), "adamw", 3e-3, 0)
-    assert run["train"][-1][1] < 0.8 * run["train"][0][1]
+    assert run["train"]["loss"][-1] < 0.9 * run["train"]["loss"][0]
 
 
 def test_the_cosine_warms_up_and_falls_to_zero():
-    schedule = cosine(2.0, 100)
+    schedule = cosine(2.0, 100, 0.05)
     rates = [float(schedule(step)) for step in range(100)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -95,39 +172,78 @@ def test_the_store_keeps_what_was_finished(tmp_path):
     assert name({"a": 1, "b": 2}) == name({"b": 2, "a": 1})
 
 
-def test_the_best_rate_is_taken_with_all_seeds(monkeypatch):
+def test_the_best_rate_is_taken_with_all_seeds():
     task = tasks.create("fcn", "smoke")
-    needs = figures.tuned(task, "adamw", (0, 1, 2), {})
+    needs = runs.tuned(task, "adamw", (0, 1, 2), {})
     assert [need.rate for need in needs] == list(OPTIMIZERS["adamw"].rates)
-    losses = (2.0, 1.0, 3.0, 1.5)
-    runs = {n.name: fake(n, [loss]) for n, loss in zip(needs, losses, strict=True)}
-    runs[needs[0].name] |= {"diverged": True}
-    more = figures.tuned(task, "adamw", (0, 1, 2), runs)[len(needs) :]
-    assert [(n.rate, n.seed) for n in more] == [(needs[1].rate, 1), (needs[1].rate, 2)]
+    losses = ([2.0], [1.0], [3.0], [1.5])
+    found = {n.name: fake(n, loss) for n, loss in zip(needs, losses, strict=True)}
+    found[needs[0].name] |= {"diverged": True}
+    more = runs.tuned(task, "adamw", (0, 1, 2), found)[len(needs) :]
+    assert [(n.rate, n.seed) for n in more] == [(1e-3, 1), (1e-3, 2)]
 
 
-def test_the_yardstick_counts_steps_to_the_reference():
-    yardstick, runs = Yardstick(), {}
-    for task in yardstick.tasks("smoke"):
-        for optimizer, entry in OPTIMIZERS.items():
+@pytest.mark.parametrize(("losses", "rate"), [([4, 3, 2, 1], 0.03), ([1, 2, 3, 4], 1e-4)])
+def test_a_grid_grows_until_the_best_rate_is_inside(losses, rate):
+    task = tasks.create("fcn", "smoke")
+    needs = runs.tuned(task, "adamw", (0, 1), {})
+    found = {n.name: fake(n, [loss]) for n, loss in zip(needs, losses, strict=True)}
+    (added,) = (n for n in runs.tuned(task, "adamw", (0, 1), found) if n.name not in found)
+    assert (added.rate, added.seed) == (rate, 0)
+    found[added.name] = fake(added, [2])
+    (added,) = (n for n in runs.tuned(task, "adamw", (0, 1), found) if n.name not in found)
+    assert (added.rate, added.seed) == ({0.03: 1e-2, 1e-4: 3e-4}[rate], 1)
+
+
+def test_a_grid_does_not_grow_for_ever():
+    task, found = tasks.create("fcn", "smoke"), {}
+    for _ in range(20):
+        for need in runs.tuned(task, "adamw", (0, 1), found):
+            found[need.name] = fake(need, [-need.rate])
+    assert len({run["key"]["rate"] for run in found.values()}) == runs.LONGEST_GRID
+
+
+def test_the_yardstick_counts_steps_to_the_reference(monkeypatch):
+    monkeypatch.setattr(runs, "LONGEST_GRID", 0)  # All rates are alike here.
+    its, found = Yardstick(), {}
+    for task in its.tasks("smoke"):
+        for optimizer in its.optimizers:
             losses = {"adamw_cosine": [3, 2, 1.0], "agd": [3, 0.9, 0.5]}.get(optimizer, [3, 3, 3])
-            for rate in entry.rates:
-                for seed in yardstick.seeds:
+            for rate in OPTIMIZERS[optimizer].rates:
+                for seed in yardstick.SEEDS:
                     need = Need(task, optimizer, rate, seed)
-                    runs[need.name] = fake(need, losses)
-    table = yardstick.table("smoke", runs)
-    assert "| fcn | agd |  | 0.5000 (0.5000 to 0.5000) | 50.0% | 2 | 0.2 |" in table
-    assert "| gpt | prodigy |  | 3.0000 (3.0000 to 3.0000) | 50.0% | not reached |  |" in table
-    assert "| agd | 0.500 | 5 |" in table
-    assert "| prodigy | 3.000 | 5 |" in table
+                    seconds = 0.2 if optimizer == "agd" else 0.1
+                    found[need.name] = fake(need, losses, seconds_per_step=seconds)
+    rows, means = (table.to_dict("records") for table in its.tables("smoke", found))
+    by_name = {(row["task"], row["optimiser"]): row for row in rows}
+    agd = by_name["fcn", "agd"]
+    assert agd["validation loss"] == "0.5000 (0.5000 to 0.5000)"
+    assert agd["steps to target"] == "2 (2 to 2)"
+    assert agd["seconds to target"] == "0.4"
+    assert by_name["gpt", "prodigy"]["steps to target"] == ""
+    by_name = {row["optimiser"]: row for row in means}
+    assert by_name["agd"]["loss, of the reference's"] == "0.500"
+    steps = [2 / task.steps for task in its.tasks("smoke")]
+    assert float(by_name["agd"]["steps, of the reference's"]) == pytest.approx(
+        math.exp(np.mean(np.log(steps))), abs=1e-3
+    )
+    assert by_name["prodigy"]["target reached on"] == 0
 
 
-@pytest.mark.slow
-def test_a_command_that_is_stopped_goes_on(tmp_path, monkeypatch, capsys):
-    few = {name: OPTIMIZERS[name]._replace(rates=(3e-3,)) for name in ("agd", "adamw_cosine")}
-    for module in (figures, runner):
-        monkeypatch.setattr(module, "OPTIMIZERS", few)
-    monkeypatch.setattr(tasks, "TASKS", {"fcn": "images", "mlp": "images"})
+@pytest.fixture
+def few(monkeypatch):
+    """A yardstick of two tasks and two optimisers, each with one rate."""
+    its = Yardstick()
+    monkeypatch.setattr(its, "optimizers", ("agd", "adamw_cosine"), raising=False)
+    names = ("fcn", "mlp")
+    monkeypatch.setattr(its, "tasks", lambda budget: [tasks.create(n, budget) for n in names])
+    monkeypatch.setitem(FIGURES, "yardstick", its)
+    entry = OPTIMIZERS["adamw_cosine"]._replace(rates=(3e-3,))
+    monkeypatch.setitem(OPTIMIZERS, "adamw_cosine", entry)
+    return its
+
+
+def test_a_command_that_is_stopped_goes_on(tmp_path, monkeypatch, few, capsys):
     taken = []
 
     def run(*arguments):
@@ -145,15 +261,60 @@ def test_a_command_that_is_stopped_goes_on(tmp_path, monkeypatch, capsys):
     main(command)
     # Two tasks, two optimisers, three seeds; the one that was stopped is taken again.
     assert len(taken) == 2 * 2 * 3 + 1
-    assert "| mlp | adamw_cosine |" in (tmp_path / "yardstick-smoke.md").read_text()
+    assert "| mlp    | adamw_cosine |" in (tmp_path / "yardstick-smoke.md").read_text()
     assert (tmp_path / "yardstick-smoke.png").stat().st_size > 10_000
     main(command)
     assert len(taken) == 2 * 2 * 3 + 1
 
 
-def test_every_figure_has_colours_of_its_own_for_all_optimisers():
-    assert len(set(figures.COLOURS.values())) == len(OPTIMIZERS)
-    assert all(figure.published for figure in FIGURES.values())
+def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
+    taken = []
+
+    def run(task, programs, optimizer, rate, seed):
+        taken.append((task.name, optimizer, seed))
+        time.sleep(0.02)
+        return fake(Need(task, optimizer, rate, seed), [1.0])
+
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(program.time, "sleep", lambda seconds: threading.Event().wait(0.02))
+    commands = [
+        threading.Thread(target=program.take, args=(Run("yardstick", "smoke", tmp_path),))
+        for _ in range(2)
+    ]
+    for command in commands:
+        command.start()
+    for command in commands:
+        command.join()
+    assert sorted(taken) == sorted(set(taken))
+    assert len(taken) == 2 * 2 * 3
+
+
+# The figures whose smallest runs take seconds; the others differ by their tasks.
+@pytest.mark.parametrize("figure", ["tuned", "sizes", "batches", "deep"])
+def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paper.Sizes, "depths", (2, 3))
+    main(Run(figure, "smoke", tmp_path))
+    assert f"Published: {FIGURES[figure].published}" in capsys.readouterr().out
+    assert (tmp_path / f"{figure}-smoke.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["rates", "breadth", "gpt"])
+def test_a_figure_with_larger_runs_is_drawn_too(figure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paper.Rates, "rates", paper.Rates.rates[4:6])
+    main(Run(figure, "smoke", tmp_path))
+    assert f"Published: {FIGURES[figure].published}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figure_is_shown_before_there_are_runs(figure, tmp_path, capsys):
+    main(program.Show(figure, "cpu", tmp_path))
+    assert "Published" in capsys.readouterr().out
+
+
+def test_every_optimiser_has_a_colour_of_its_own():
+    assert runs.COLOURS.keys() == OPTIMIZERS.keys()
+    assert len(set(runs.COLOURS.values())) == len(OPTIMIZERS)
 
 
 def test_gpt_does_not_look_ahead():
@@ -165,6 +326,16 @@ def test_gpt_does_not_look_ahead():
     assert one.shape == (1, 8, 7)
     np.testing.assert_allclose(one[:, :5], two[:, :5], atol=1e-6)
     assert np.abs(one[:, 5:] - two[:, 5:]).max() > 1e-3
+
+
+def test_the_weights_of_gpt2_are_small():
+    model = tasks.create("gpt", "smoke", start="gpt2").network(nnx.Rngs(0))
+    deviation = lambda layer: float(jnp.std(layer.kernel[...]))
+    assert deviation(model.blocks[0].query) == pytest.approx(0.02, rel=0.05)
+    assert deviation(model.blocks[0].down) == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    assert deviation(model.head) == pytest.approx(0.02, rel=0.05)
+    model = tasks.create("gpt", "smoke").network(nnx.Rngs(0))
+    assert deviation(model.blocks[0].query) == pytest.approx(128**-0.5, rel=0.05)
 
 
 def test_vit_sees_patches_and_where_they_are():
