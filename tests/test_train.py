@@ -113,6 +113,7 @@ def test_data_that_is_nowhere_to_be_had_is_one_line_too(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_one_line_too(tmp_path):
     run = train("--gain", "1e30", "--workdir", tmp_path / "run")
     assert run.returncode == 1
@@ -159,6 +160,7 @@ def install_plugin(folder, name, source):
     return os.environ | {"PYTHONPATH": os.fspath(folder)}
 
 
+@pytest.mark.slow
 def test_a_plugin_that_finds_no_device_is_one_line_too(tmp_path):
     """As NVIDIA's does where no GPU is visible; JAX goes on without it."""
     source = "def initialize():\n    raise RuntimeError('CUDA_ERROR_NO_DEVICE')\n"
@@ -193,7 +195,8 @@ def test_a_device_whose_memory_is_full_is_one_line_too():
     assert (run.returncode, run.stderr) == (1, message)
 
 
-@pytest.mark.parametrize("name", ["cuda", pytest.param("rocm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cuda", "rocm"])
 def test_platform_gpu_is_the_kind_that_is_installed(tmp_path, name):
     """A plugin as NVIDIA's or AMD's registers itself, with a CPU behind it."""
     env = install_plugin(tmp_path, name, PLUGIN.format(name=name))
@@ -203,6 +206,7 @@ def test_platform_gpu_is_the_kind_that_is_installed(tmp_path, name):
     assert "devices   1 x cpu" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_run_outlives_whoever_reads_its_output(tmp_path):
     command = f"{sys.executable} {ROOT / 'train.py'} --epochs 3 --workdir run | head -n 1"
     run = subprocess.run(
@@ -265,6 +269,7 @@ BAR = re.compile(
 ROW = re.compile(r" +\d+( +\d\.\d{4} +[\d.]+%){2} +\d\.\d{4}  \d\.\d{4}-\d\.\d{4} +[\d,]+")
 
 
+@pytest.mark.slow
 def test_a_terminal_of_eighty_columns_is_wide_enough(tmp_path):
     flags = ["--epochs", "4", "--train_bs", "4", "--depth", "4", "--workdir", "run"]
     code, screens = on_a_terminal(*flags, cwd=tmp_path)

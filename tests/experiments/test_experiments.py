@@ -243,6 +243,7 @@ def few(monkeypatch):
     return its
 
 
+@pytest.mark.slow
 def test_a_command_that_is_stopped_goes_on(tmp_path, monkeypatch, few, capsys):
     taken = []
 
@@ -289,8 +290,7 @@ def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
     assert len(taken) == 2 * 2 * 3
 
 
-# The figures whose smallest runs take seconds; the others differ by their tasks.
-@pytest.mark.parametrize("figure", ["tuned", "sizes", "batches", "deep"])
+@pytest.mark.parametrize("figure", ["sizes", "deep"])
 def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Sizes, "depths", (2, 3))
     main(Run(figure, "smoke", tmp_path))
@@ -299,7 +299,7 @@ def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", ["rates", "breadth", "gpt"])
+@pytest.mark.parametrize("figure", ["tuned", "batches", "rates", "breadth", "gpt"])
 def test_a_figure_with_larger_runs_is_drawn_too(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Rates, "rates", paper.Rates.rates[4:6])
     main(Run(figure, "smoke", tmp_path))

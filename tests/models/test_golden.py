@@ -133,7 +133,8 @@ def test_three_steps_match_the_reference_in_float64(name):
     assert np.max(np.abs(eval_logits - expected)) < tolerance * np.max(np.abs(expected))
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Without the large images, which are the same network once more.
+@pytest.mark.parametrize("name", [name for name in NAMES if "imagenet" not in str(name)])
 def test_the_first_step_matches_the_reference_in_float32(name):
     (measured,), _ = train(name, jnp.float32, steps=1)
     for quantity, value in GOLDEN[name]["steps"][0].items():

@@ -73,6 +73,8 @@ LAYOUTS = [
     pytest.param(Layout(3, 2, False, "data=3,fsdp=2"), id="3x2-resident"),
 ]
 everywhere = pytest.mark.parametrize("layout", LAYOUTS)
+# Of two processes, with one device each and with several, which take different paths.
+with_two = pytest.mark.parametrize("layout", LAYOUTS[:2])
 
 
 def train(devices, *flags, cwd=None):
@@ -214,7 +216,7 @@ def all_refuse(outputs, pattern):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
-@everywhere
+@with_two
 def test_processes_that_are_told_different_things_say_so(tmp_path, layout):
     *first, last = layout.commands(*layout.flags(tmp_path), "--workdir", tmp_path / "run")
     started = [train(layout.devices, *own) for own in (*first, (*last, "--seed", 7))]
@@ -274,7 +276,7 @@ def test_processes_that_have_different_data_say_so(tmp_path, damage, message):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
-@everywhere
+@with_two
 def test_what_the_first_process_refuses_ends_all(tmp_path, layout):
     with workdir.held(tmp_path):
         for _, err, code in layout.run("--workdir", tmp_path):
@@ -330,7 +332,7 @@ def test_what_not_all_see_is_not_evaluated(hosts):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
-@everywhere
+@with_two
 def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, layout):
     lost = 0 if layout.devices > 1 else -1
     flags = (*layout.flags(tmp_path), "--workdir", tmp_path / "run", "--save_every", "20steps")
@@ -354,7 +356,7 @@ def test_a_process_that_is_killed_ends_the_others_and_all_can_go_on(tmp_path, la
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
-@everywhere
+@with_two
 def test_a_signal_to_one_process_ends_all_in_good_order(tmp_path, layout):
     flags = (*layout.flags(tmp_path), "--workdir", tmp_path / "run", "--epochs", 100_000)
     started = layout.start(*flags)

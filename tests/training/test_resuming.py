@@ -119,8 +119,8 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(tmp_path):
 def test_killed_at_random_moments(tmp_path):
     seed = random.SystemRandom().randrange(1000)
     flags = [*chaos.RESIDENT.split(), "--epochs", "20"]
-    kills, same = chaos.chaos(tmp_path, flags, runs=2, kills=6, rng=random.Random(seed))
-    assert same == 2, f"seed {seed}, {kills}"
+    kills, same = chaos.chaos(tmp_path, flags, runs=1, kills=6, rng=random.Random(seed))
+    assert same == 1, f"seed {seed}, {kills}"
     assert kills, f"seed {seed}: none was killed"
 
 
@@ -192,6 +192,7 @@ def test_a_workdir_that_is_moved_away_is_said(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_workdir(tmp_path):
     start_run(tmp_path, "--epochs", 100_000)
     wait_for_epochs(tmp_path)
