@@ -1,23 +1,25 @@
 """Starting weights for AGD: random orthogonal matrices of the right scale."""
 
-import math
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from agd_jax import geometry, names
+from agd_jax import names
+from agd_jax.geometry import Geometry, Layout, norm_dtype, path_of
 
 Tree = TypeVar("Tree")
 
 
-def orthogonal_init(key: jax.Array, params: Tree) -> Tree:
+def orthogonal_init(key: jax.Array, params: Tree, geometry: Geometry | None = None) -> Tree:
     """Redraws every matrix of a parameter tree as AGD wants it to start.
 
-    Each tap of a parameter (see :mod:`agd_jax.geometry`) is drawn uniformly from the
+    Each block of a parameter (see :mod:`agd_jax.geometry`) is drawn uniformly from the
     semi-orthogonal ``(d_in, d_out)`` matrices (from the Haar measure) and multiplied by the
     parameter's scale ``s``: ``W.T @ W == s**2 * I`` where ``d_in >= d_out``, and
-    ``W @ W.T == s**2 * I`` where ``d_in <= d_out``.
+    ``W @ W.T == s**2 * I`` where ``d_in <= d_out``. A row of an embedding is such a matrix with one
+    input: a direction, of length ``sqrt(d_out)``.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {'kernel': jnp.zeros((8, 2)), 'bias': jnp.ones(2)}
@@ -28,45 +30,66 @@ def orthogonal_init(key: jax.Array, params: Tree) -> Tree:
 
     Args:
       key: a JAX random key.
-      params: any pytree. Floating arrays with two or more axes are redrawn, unless they are named
-        ``bias``; their values are not read. All other leaves (biases, norm scales, anything that
-        is not a floating array) are returned as they are.
+      params: any pytree. All leaves that are not floating arrays are returned as they are.
+      geometry: how each parameter is used, from :func:`agd_jax.geometry_of`. With it, offsets are
+        set to zero and scales to one. Without it, floating arrays with two or more axes are
+        redrawn, unless they are named ``bias``, and all other leaves (biases, norm scales) are
+        returned as they are.
 
     Returns:
       A tree of the same structure, shapes, dtypes and shardings. What is drawn depends on
       ``key``, on the shapes and on their order in the tree alone, not on the sharding.
 
+    Raises:
+      ValueError: if the geometry is of other parameters.
+
     Warns:
-      UserWarning: of parameters whose axes are known to be in another order than Flax's dense and
-        convolution kernels have them, so that their matrices are not drawn right.
+      UserWarning: without a geometry, if shapes do not say enough.
     """
-    names.warn_of_misread_axes(params)
+    if geometry is None:
+        names.warn_of_ambiguous_shapes(params)
     paths_and_leaves, structure = jax.tree.flatten_with_path(params)
     keys = jax.random.split(key, max(len(paths_and_leaves), 1))
+
+    def start(key: jax.Array, path: Any, leaf: Any) -> Any:
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            return leaf
+        if geometry is None:
+            drawn = leaf.ndim >= 2 and not names.is_bias(path)
+            return _draw(key, leaf, Layout.of_shape(leaf.shape)) if drawn else leaf
+        layout = geometry.layout(path_of(path), leaf)
+        if layout.kind in ("offset", "scale"):
+            return jnp.full_like(leaf, layout.kind == "scale")
+        return _draw(key, leaf, layout)
+
     drawn = [
-        _draw(key, leaf) if _is_matrix(leaf) and not names.is_bias(path) else leaf
-        for key, (path, leaf) in zip(keys, paths_and_leaves, strict=False)
+        start(key, path, leaf) for key, (path, leaf) in zip(keys, paths_and_leaves, strict=False)
     ]
     redrawn: Tree = jax.tree.unflatten(structure, drawn)
     return redrawn
 
 
-def _is_matrix(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2
-
-
-def _draw(key: jax.Array, leaf: Any) -> jax.Array:
-    *taps, d_in, d_out = leaf.shape
-    count = math.prod(taps)
+def _draw(key: jax.Array, leaf: Any, layout: Layout) -> jax.Array:
+    d_in, d_out = layout.count("inputs"), layout.count("outputs")
+    count = layout.count("layers", "blocks", "taps")
     # Lower precisions have no QR decomposition, and would not be orthogonal before rounding.
-    dtype = geometry.norm_dtype(leaf.dtype)
+    dtype = norm_dtype(leaf.dtype)
+    order = (*layout.layers, *layout.blocks, *layout.taps, *layout.inputs, *layout.outputs)
 
     def draw() -> jax.Array:
-        # Tap by tap: on a CPU, XLA hands the matrices of one batched QR to its thread pool from
+        # One by one: on a CPU, XLA hands the matrices of one batched QR to its thread pool from
         # within that pool and waits for them, so that a few such calls in one program hang it.
         one = lambda key: jax.random.orthogonal(key, d_in, (), dtype, m=d_out)
-        matrices = jax.lax.map(one, key[None] if count == 1 else jax.random.split(key, count))
-        drawn: jax.Array = geometry.scale(leaf.shape) * matrices
+        if layout.kind == "lookup":  # Directions, of which there are many.
+            drawn = jax.random.normal(key, (count, 1, d_out), dtype)
+            matrices = drawn / jnp.linalg.norm(drawn, axis=2, keepdims=True)
+        elif count == 1:
+            matrices = jax.lax.map(one, key[None])
+        else:
+            matrices = jax.lax.map(one, jax.random.split(key, count))
+        # From axes in the order of their roles to their own order.
+        ordered = matrices.reshape([layout.view[axis] for axis in order])
+        drawn = layout.scale * jnp.transpose(ordered, tuple(np.argsort(order)))
         return drawn.reshape(leaf.shape).astype(leaf.dtype)
 
     # Under a trace there is no sharding to keep: that of the traced function's outputs rules.

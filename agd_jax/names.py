@@ -1,13 +1,11 @@
-"""What the names of parameters give away: which are biases, and whose axes AGD misreads.
-
-:mod:`agd_jax.geometry` goes by shapes alone, and takes the axes of every parameter for those of
-Flax's dense and convolution kernels.
-"""
+"""What names and shapes give away where there is no geometry: biases, and what is ambiguous."""
 
 import warnings
 from typing import Any
 
 import jax
+
+from agd_jax.geometry import path_of
 
 
 def is_bias(path: tuple[Any, ...]) -> bool:
@@ -17,14 +15,15 @@ def is_bias(path: tuple[Any, ...]) -> bool:
     >>> is_bias(path)
     True
     """
-    return _names(path)[-1] == "bias"
+    return path_of(path).split(".")[-1] == "bias"
 
 
-def warn_of_misread_axes(params: Any) -> None:
-    """Warns of parameters whose axes are not those that AGD takes them for.
+def warn_of_ambiguous_shapes(params: Any) -> None:
+    """Warns of parameters whose shapes do not say which axes are inputs and which are outputs.
 
-    They are known by names: Equinox's layers have their outputs before their inputs, attention in
-    Flax has kernels ``(d_in, heads, head_dim)``, and some biases have several axes.
+    Those are all with three axes, which may be a convolution in one dimension, a projection in
+    attention or a stack of layers; biases with several axes; and Equinox's layers, which have
+    their outputs before their inputs.
 
     Args:
       params: a tree of parameters, or of their shapes.
@@ -35,34 +34,20 @@ def warn_of_misread_axes(params: Any) -> None:
         kind = type(node)
         return kind.__module__.startswith("equinox.nn") and kind.__name__ != "Embedding"
 
-    found = [
-        (_names((*start, *end)), leaf, in_equinox(node))
-        for start, node in jax.tree.leaves_with_path(params, is_leaf=in_equinox)
-        for end, leaf in jax.tree.leaves_with_path(node)
-    ]
-    everything = {tuple(names) for names, _, _ in found}
-
-    def in_attention(names: list[str]) -> bool:
-        siblings = {(*names[:-2], layer, names[-1]) for layer in ("query", "key", "value")}
-        return tuple(names) in siblings and siblings <= everything
-
-    misread = []
-    for names, leaf, equinox in found:
-        rank = getattr(leaf, "ndim", 0)
-        if rank >= 2 and (equinox or names[-1] == "bias" or (rank == 3 and in_attention(names))):
-            misread.append(f"{'.'.join(names)} {tuple(leaf.shape)}")
-    if misread:
-        more = f" and {len(misread) - 3} more" if len(misread) > 3 else ""
+    ambiguous = []
+    for start, node in jax.tree.leaves_with_path(params, is_leaf=in_equinox):
+        for end, leaf in jax.tree.leaves_with_path(node):
+            path, shape = (*start, *end), getattr(leaf, "shape", ())
+            if len(shape) == 3 or (len(shape) > 1 and (in_equinox(node) or is_bias(path))):
+                ambiguous.append(f"{path_of(path)} {tuple(shape)}")
+    if ambiguous:
+        more = f" and {len(ambiguous) - 3} more" if len(ambiguous) > 3 else ""
         warnings.warn(
-            "agd_jax takes the last two axes of a parameter for its inputs and outputs, in this "
-            "order, and those before for taps, as in Flax's dense and convolution kernels; so its "
-            f"starting weights and steps have the wrong size for {', '.join(misread[:3])}{more}. "
-            "optax.partition gives such parameters to another optimiser",
-            stacklevel=1,
+            "from shapes alone, agd_jax takes the last two axes of a parameter for its inputs and "
+            "outputs, in this order, and those before for taps, as in Flax's dense and convolution "
+            f"kernels. Of {', '.join(ambiguous[:3])}{more} that may be wrong, and with it the size "
+            "of steps and starting weights. Let the program say it: "
+            "geometry = agd_jax.geometry_of(apply, params, *example_inputs), then "
+            "agd_jax.agd(geometry=geometry) and agd_jax.orthogonal_init(key, params, geometry)",
+            stacklevel=3,
         )
-
-
-def _names(path: tuple[Any, ...]) -> list[str]:
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    # Flax NNX has one more name at the end.
-    return names[:-1] if len(names) > 1 and names[-1] == "value" else names

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agd_jax import geometry, names
+from agd_jax import names
+from agd_jax.geometry import Geometry, Layout, layouts_of, norm_dtype
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,14 +42,15 @@ def automatic_learning_rate(gradient_summary: jax.typing.ArrayLike) -> jax.Array
     .. math:: \eta = \log \frac{1 + \sqrt{1 + 4 G}}{2}
 
     is the minimum over :math:`\eta` of :math:`-\eta G + (e^\eta - 1)^2 / 2`, which bounds the
-    change of the loss. It is computed as ``log1p(2 G / (1 + sqrt(1 + 4 G)))``, the same number
-    without the cancellation that would round the eta of a small ``G`` to zero.
+    change of the loss. It is computed as ``log1p(G / (1/2 + sqrt(1/4 + G)))``, the same number
+    without the cancellation that would round the eta of a small ``G`` to zero, and without the
+    product that would overflow for a large one.
 
     >>> float(automatic_learning_rate(0.0))
     0.0
     """
     g = jnp.asarray(gradient_summary)
-    return jnp.log1p(2 * g / (1 + jnp.sqrt(1 + 4 * g)))
+    return jnp.log1p(g / (0.5 + jnp.sqrt(0.25 + g)))
 
 
 def _without_learning_rate(make: Callable[P, T]) -> Callable[P, T]:
@@ -67,11 +69,14 @@ def _without_learning_rate(make: Callable[P, T]) -> Callable[P, T]:
 
 
 @_without_learning_rate
-def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtraArgs:
+def agd(
+    *, geometry: Geometry | None = None, gain: jax.typing.ArrayLike = 1.0
+) -> optax.GradientTransformationExtraArgs:
     r"""Automatic gradient descent: no learning rate, no schedule, no momentum, no state.
 
-    With :math:`L` parameter tensors, the gradient :math:`g_{k,t}` of tap :math:`t` of tensor
-    :math:`k` and its scale :math:`s_k` (see :mod:`agd_jax.geometry`), one step is
+    With :math:`L` parameter tensors, the gradient :math:`g_{k,t}` of block :math:`t` of tensor
+    :math:`k` (a tap of a convolution, a row of an embedding, or all of it) and its scale
+    :math:`s_k` (see :mod:`agd_jax.geometry`), one step is
 
     .. math::
       G &= \frac{1}{L} \sum_k s_k \sum_t \|g_{k,t}\|_F \\
@@ -79,7 +84,7 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
       W_{k,t} &\leftarrow W_{k,t}
         - \mathrm{gain} \, \frac{\eta}{L} \, s_k \, \frac{g_{k,t}}{\|g_{k,t}\|_F}
 
-    A tap whose gradient is zero does not move. Start from :func:`agd_jax.orthogonal_init`, for
+    A block whose gradient is zero does not move. Start from :func:`agd_jax.orthogonal_init`, for
     which the analysis behind the step holds.
 
     Neither does a tensor move whose gradient is nothing but rounding, as that of a convolution's
@@ -114,6 +119,9 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
     True
 
     Args:
+      geometry: how each parameter is used, from :func:`agd_jax.geometry_of`. Without it, their
+        shapes say it: the last two axes are inputs and outputs, those before count taps, as in
+        Flax's dense and convolution kernels.
       gain: multiplies every update. The method has no such number; 10 is an experiment some
         like to make.
 
@@ -122,13 +130,15 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
 
     Raises:
       TypeError: if a learning rate is given, which AGD does not have, or if ``gain`` is a
-        schedule: Optax makes one of it, ``optax.inject_hyperparams(agd)(gain=schedule)``.
+        schedule: Optax makes one of it, ``optax.inject_hyperparams(agd)(gain=schedule)``; by
+        ``init``, if parameters are complex.
       ValueError: if ``gain`` is a number that is not positive and finite, or an array that is
-        known to be negative or not finite, or not a scalar.
+        known to be negative or not finite, or not a scalar; by ``init`` and ``update``, if the
+        geometry is of other parameters.
 
     Warns:
-      UserWarning: by ``init``, if the parameters are one bare vector, which is what
-        ``optax.flatten`` makes of a network.
+      UserWarning: by ``init`` without a geometry, if shapes do not say enough; and if the
+        parameters are one bare vector, which is what ``optax.flatten`` makes of a network.
 
     References:
       Bernstein et al., *Automatic Gradient Descent: Deep Learning without Hyperparameters*,
@@ -144,8 +154,15 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
                 "around it",
                 stacklevel=2,
             )
-        names.warn_of_misread_axes(params)
-        dtypes = [geometry.norm_dtype(jnp.result_type(p)) for p in jax.tree.leaves(params)]
+        if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(params)):
+            raise TypeError(
+                "agd() takes real parameters; for complex ones, write "
+                "optax.contrib.split_real_and_imaginary(agd_jax.agd())"
+            )
+        if geometry is None:
+            names.warn_of_ambiguous_shapes(params)
+        layouts_of(params, geometry)  # Raises if it is of other parameters.
+        dtypes = [norm_dtype(jnp.result_type(p)) for p in jax.tree.leaves(params)]
         dtype = jnp.result_type(jnp.float32, *dtypes)
         # Two arrays, as one that is there twice cannot be donated.
         return AgdState(eta=jnp.zeros([], dtype), gradient_summary=jnp.zeros([], dtype))
@@ -158,26 +175,78 @@ def agd(*, gain: jax.typing.ArrayLike = 1.0) -> optax.GradientTransformationExtr
     ) -> tuple[optax.Updates, AgdState]:
         del extra_args  # Accepted, so that agd() may stand in a chain with others that use them.
         updates = jax.tree.map(jnp.asarray, updates)  # Python's floats are gradients too.
-        dual_norms = jax.tree.map(geometry.dual_norm, updates)
-        terms = jax.tree.leaves(dual_norms)
-        depth = max(len(terms), 1)
-        total = sum(terms, start=jnp.zeros([], jnp.float32))
-        gradient_summary = total / depth
+        layouts = layouts_of(updates, geometry)
+        depth = max(sum(layout.count("layers") for layout in jax.tree.leaves(layouts)), 1)
+        scaled, norms, exponent = _measure(layouts, updates)
+        dual_norms = jax.tree.map(Layout.dual_norm, layouts, norms)
+        total = _total(dual_norms)
+        gradient_summary = jnp.ldexp(total / depth, exponent)
+        # Of finite gradients it is finite, even if the sum is not.
+        largest = jnp.where(jnp.isfinite(total), np.finfo(total.dtype).max, jnp.inf)
+        gradient_summary = jnp.minimum(gradient_summary, largest)
         eta = automatic_learning_rate(gradient_summary)
         size = jnp.multiply(gain, eta) / depth
 
-        def step(grad: jax.Array, dual_norm: jax.Array, param: jax.typing.ArrayLike) -> jax.Array:
+        def step(
+            layout: Layout,
+            grad: jax.Array,
+            norms: jax.Array,
+            dual_norm: jax.Array,
+            param: jax.typing.ArrayLike,
+        ) -> jax.Array:
             floor = ROUNDING_UNITS * np.finfo(dual_norm.dtype).eps * total
             # Not `>= floor`, of which infinite and NaN gradients would make zeros.
             move = jnp.where(dual_norm < floor, 0, size)
-            return (-move * geometry.direction(grad)).astype(jnp.result_type(param))
+            return layout.direction(grad, norms, -move).astype(jnp.result_type(param))
 
-        updates = jax.tree.map(step, updates, dual_norms, updates if params is None else params)
+        likes = updates if params is None else params
+        updates = jax.tree.map(step, layouts, scaled, norms, dual_norms, likes)
         # The state keeps its dtype when gradients have another one, so that it can be carried.
         dtype = state.eta.dtype
         return updates, AgdState(eta.astype(dtype), jnp.asarray(gradient_summary, dtype))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _total(dual_norms: Any) -> jax.Array:
+    """Returns the sum of all dual norms, in float32 or float64."""
+    terms = map(jnp.sum, jax.tree.leaves(dual_norms))
+    return sum(terms, start=jnp.zeros([], jnp.float32))
+
+
+def _measure(layouts: Any, grads: optax.Updates) -> tuple[optax.Updates, Any, jax.Array]:
+    """Returns the norms of gradients of any size, whose squares may overflow or vanish.
+
+    Where that may be, the gradients are multiplied by a power of two that makes the largest entry
+    about one, and measured again. As nothing is rounded by it, the bits are those it would have.
+
+    Returns:
+      The gradients in float32 or float64, times a power of two; the norms of their blocks; and the
+      exponent of the power of two that gives the original ones back, zero if they are as they were
+      or not finite.
+    """
+    wide = jax.tree.map(lambda g: g.astype(norm_dtype(g.dtype)), grads)
+    norms = jax.tree.map(Layout.norms, layouts, wide)
+    total = _total(jax.tree.map(Layout.dual_norm, layouts, norms))
+    # What matters in a sum that is not smaller has squares far from the least number.
+    usual = jnp.isfinite(total) & (total > np.finfo(total.dtype).tiny ** 0.25)
+
+    def scaled(exponent: jax.Array) -> optax.Updates:
+        def scale(grad: jax.Array) -> jax.Array:
+            # The greatest power of two that has an inverse.
+            limit = np.finfo(grad.dtype).maxexp - 2
+            unit = jnp.ldexp(jnp.ones([], grad.dtype), jnp.clip(-exponent, -limit, limit))
+            return unit * grad
+
+        return jax.tree.map(scale, wide)
+
+    def again() -> tuple[Any, jax.Array]:
+        largest = optax.tree.norm(wide, ord=jnp.inf)
+        _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 0))
+        return jax.tree.map(Layout.norms, layouts, scaled(exponent)), exponent
+
+    norms, exponent = jax.lax.cond(usual, lambda: (norms, jnp.zeros([], jnp.int32)), again)
+    return scaled(exponent), norms, exponent
 
 
 def _check_gain(gain: Any) -> None:

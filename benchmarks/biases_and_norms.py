@@ -3,9 +3,9 @@
     python -m benchmarks.biases_and_norms
 
 Trains a convolutional network with BatchNorm (Flax NNX) and a transformer (Flax Linen) on the
-digits, whose rows are its tokens, and prints the training loss at the end for AGD alone, for AGD
-with Adam for all but the matrices, and for Adam alone. A loss is the mean cross-entropy of the last
-20 batches; the table has its median over the seeds.
+digits, whose rows are its tokens, and prints the training loss at the end for AGD, by the shapes of
+parameters and with a geometry, for AGD with Adam for all but the matrices, and for Adam alone. A
+loss is the mean cross-entropy of the last 20 batches; the table has its median over the seeds.
 """
 
 import functools
@@ -95,26 +95,38 @@ def is_matrix(path: tuple[Any, ...], param: jax.Array) -> bool:
     return param.ndim in (2, 4) and "bias" not in jax.tree_util.keystr(path)
 
 
-def agd_and_adam() -> optax.GradientTransformationExtraArgs:
+def agd_and_adam(geometry: agd_jax.Geometry) -> optax.GradientTransformationExtraArgs:
     """AGD for the matrices, Adam for the rest."""
     label = lambda path, param: "agd" if is_matrix(path, param) else "adam"
     labels = functools.partial(jax.tree.map_with_path, label)
     return optax.partition({"agd": agd_jax.agd(), "adam": optax.adam(ADAM)}, labels)
 
 
+def by_shapes(geometry: agd_jax.Geometry) -> optax.GradientTransformationExtraArgs:
+    """AGD that knows nothing but shapes."""
+    return agd_jax.agd()
+
+
+def by_geometry(geometry: agd_jax.Geometry) -> optax.GradientTransformationExtraArgs:
+    """AGD that knows how each parameter is used."""
+    return agd_jax.agd(geometry=geometry)
+
+
 # What a row of the table says -> the optimiser, and which parameters start as orthogonal matrices.
 OPTIMIZERS = {
-    "AGD alone": (agd_jax.agd, lambda *_: True),
-    "AGD alone, Flax's own start": (agd_jax.agd, lambda *_: False),
+    "AGD by shapes": (by_shapes, lambda *_: True),
+    "AGD by shapes, Flax's own start": (by_shapes, lambda *_: False),
+    "AGD with a geometry": (by_geometry, lambda *_: True),
+    "the same, Flax's own start": (by_geometry, lambda *_: False),
     "AGD for matrices, Adam for the rest": (agd_and_adam, is_matrix),
-    "the same, Flax's own start": (agd_and_adam, lambda *_: False),
-    f"Adam, {ADAM:g}": (lambda: optax.adam(ADAM), lambda *_: False),
+    "AGD and Adam, Flax's own start": (agd_and_adam, lambda *_: False),
+    f"Adam, {ADAM:g}": (lambda _: optax.adam(ADAM), lambda *_: False),
 }
 
 
 def final_losses(
     task: Task,
-    tx: optax.GradientTransformation,
+    make: Callable[[agd_jax.Geometry], optax.GradientTransformation],
     orthogonal: Callable[..., bool],
     options: Options,
 ) -> list[float]:
@@ -122,6 +134,8 @@ def final_losses(
     start, logits_of = task
     images, labels = load_digits(return_X_y=True)
     images, labels = jnp.asarray(images / 8 - 1).reshape(-1, 8, 8), jnp.asarray(labels)
+    geometry = agd_jax.geometry_of(logits_of, start(jax.random.key(0)), images[:1])
+    tx = make(geometry)
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         logits = logits_of(params, images[batch])
@@ -136,7 +150,8 @@ def final_losses(
 
     def train(key: jax.Array) -> float:
         params, losses = start(key), []
-        redrawn = agd_jax.orthogonal_init(key, params)
+        known = geometry if make is by_geometry else None
+        redrawn = agd_jax.orthogonal_init(key, params, known)
         choose = lambda path, new, old: new if orthogonal(path, old) else old
         params = jax.tree.map_with_path(choose, redrawn, params)
         opt_state = tx.init(params)
@@ -151,11 +166,11 @@ def final_losses(
 def main(options: Options) -> None:
     """Prints the table."""
     # Of attention's axes, which are among what is measured here.
-    warnings.filterwarnings("ignore", "agd_jax takes the last two axes")
+    warnings.filterwarnings("ignore", "from shapes alone")
     tasks = {"NNX CNN with BatchNorm": convnet(), "Linen transformer": transformer()}
     print(f"{'training loss':36s}", *(f"{name:>24s}" for name in tasks))
     for name, (make, orthogonal) in OPTIMIZERS.items():
-        losses = [final_losses(task, make(), orthogonal, options) for task in tasks.values()]
+        losses = [final_losses(task, make, orthogonal, options) for task in tasks.values()]
         print(f"{name:36s}", *(f"{np.median(each):24.4f}" for each in losses), flush=True)
 
 

@@ -20,22 +20,26 @@ class Optimizer(NamedTuple):
 
     Attributes:
       make: ``(rate, steps, **settings) -> optimiser``, for a learning rate that is traced and the
-        number of steps of the run.
+        number of steps of the run; that of AGD is given a ``geometry`` too.
       settings: its other arguments, as JSON values: part of the key of each run.
       rates: the learning rates that are tried, rising; one for what needs none.
-      orthogonal: whether it starts from :func:`agd_jax.orthogonal_init`, not from Flax's weights.
+      geometry: whether it knows how parameters are used, and starts from
+        :func:`agd_jax.orthogonal_init`, not from Flax's weights.
       averages: whether ``contrib.schedule_free_eval_params`` gives what is evaluated.
     """
 
     make: Callable[..., optax.GradientTransformation]
     settings: Mapping[str, Any] = {}
     rates: tuple[float, ...] = (1.0,)
-    orthogonal: bool = False
+    geometry: bool = False
     averages: bool = False
 
-    def create(self, rate: jax.Array, steps: int) -> optax.GradientTransformation:
-        """Returns the optimiser, for a learning rate and a number of steps."""
-        return self.make(rate, steps, **self.settings)
+    def create(
+        self, rate: jax.Array, steps: int, geometry: agd_jax.Geometry
+    ) -> optax.GradientTransformation:
+        """Returns the optimiser, for a learning rate, a number of steps and a network."""
+        known = {"geometry": geometry} if self.geometry else {}
+        return self.make(rate, steps, **self.settings, **known)
 
 
 def cosine(rate: jax.Array, steps: int, warmup: float) -> Schedule:
@@ -111,7 +115,9 @@ MUON = (3e-3, 1e-2, 3e-2, 1e-1)
 OPTIMIZERS = {
     # A higher revision has its runs taken again: when agd() takes other steps than before.
     "agd": Optimizer(
-        without_rate(lambda revision: agd_jax.agd()), {"revision": 1}, orthogonal=True
+        without_rate(lambda revision, geometry: agd_jax.agd(geometry=geometry)),
+        {"revision": 1},
+        geometry=True,
     ),
     "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "adam": Optimizer(constant(optax.adam), rates=ADAM),

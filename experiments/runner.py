@@ -21,7 +21,7 @@ from optax import contrib
 import agd_jax
 from experiments.optimizers import OPTIMIZERS
 from experiments.tasks import Task
-from training.state import split
+from training.state import geometry_of, split
 
 # Measurements along a run: of the training loss, and of each so many of the validation loss.
 POINTS = 40
@@ -89,15 +89,20 @@ def key_of(task: Task, optimizer: str, rate: float, seed: int) -> dict[str, Any]
 def compile_programs(task: Task, optimizer: str) -> Programs:
     """Builds the programs of an optimiser on a task; each compiles when it is first called."""
     entry, data = OPTIMIZERS[optimizer], task.data()
-    graphdef, *_ = split(nnx.eval_shape(lambda: task.network(nnx.Rngs(0))))
+    graphdef, *shapes = split(nnx.eval_shape(lambda: task.network(nnx.Rngs(0))))
+
+    inputs, _ = jax.eval_shape(data.validation, data.arrays, 0)
+    params, batch_stats = shapes
+    geometry = geometry_of(graphdef, params, batch_stats, inputs)
 
     @jax.jit
     def init(key: jax.Array, rate: jax.Array) -> State:
         start, orthogonal = jax.random.split(key)
         _, params, batch_stats = split(task.network(nnx.Rngs(start)))
-        if entry.orthogonal:
-            params = agd_jax.orthogonal_init(orthogonal, params)
-        return State(params, batch_stats, entry.create(rate, task.steps).init(params))
+        if entry.geometry:
+            params = agd_jax.orthogonal_init(orthogonal, params, geometry)
+        tx = entry.create(rate, task.steps, geometry)
+        return State(params, batch_stats, tx.init(params))
 
     def step(
         state: State, rate: jax.Array, arrays: Any, chosen: jax.Array, key: jax.Array
@@ -111,7 +116,7 @@ def compile_programs(task: Task, optimizer: str) -> Programs:
             return loss, nnx.state(model, nnx.BatchStat)
 
         (loss, batch_stats), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        tx = entry.create(rate, task.steps)
+        tx = entry.create(rate, task.steps, geometry)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         eta = optax.tree.get(opt_state, "eta", default=None)
         low, high = (NOTHING.eta_min, NOTHING.eta_max) if eta is None else (eta, eta)

@@ -76,7 +76,8 @@ def convolve(
     window = Window(stride, pad)
     sides = (window.size(n, taps) for n, taps in zip(x.shape[1:3], kernel.shape[:2], strict=True))
     shape = (x.shape[0], *sides, kernel.shape[3])
-    y: jax.Array = PRODUCT.bind(x, kernel, wanted=2, shape=shape, window=window, mapped=())
+    what = {"wanted": 2, "shape": shape, "window": window, "mapped": ()}
+    y: jax.Array = PRODUCT.bind(x, kernel, **what, dimension_numbers=DIMENSION_NUMBERS)
     return y
 
 
@@ -90,8 +91,11 @@ def convolve(
 # - mapped: for each jax.vmap, from the outermost, the sizes of the axes that it puts in front of
 #   the three arrays, or 0 where it puts none.
 #
-# Its name is that of XLA's own convolution, for those who look for convolutions in a jaxpr.
+# Its name is that of XLA's own convolution, and so is what it says of the axes, for those who look
+# for convolutions in a jaxpr.
 PRODUCT = Primitive("conv_general_dilated")
+ANY = (1, 1, 1, 1)
+DIMENSION_NUMBERS = jax.lax.conv_dimension_numbers(ANY, ANY, ("NHWC", "HWIO", "NHWC"))
 ARRAYS = ("input", "kernel", "output")
 
 
@@ -101,6 +105,7 @@ def _multiply(
     shape: tuple[int, ...],
     window: Window,
     mapped: Sequence[tuple[int, ...]],
+    dimension_numbers: jax.lax.ConvDimensionNumbers,
     cpu: bool,
 ) -> jax.Array:
     """Computes a product, in the quickest form if it is for a CPU."""
@@ -127,7 +132,7 @@ def _abstract(
     wanted: int,
     shape: tuple[int, ...],
     mapped: Sequence[tuple[int, ...]],
-    **_: Window,
+    **_: Any,
 ) -> ShapedArray:
     """Returns the type of a product."""
     sizes = (sizes[wanted] for sizes in mapped if sizes[wanted])

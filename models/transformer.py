@@ -1,8 +1,10 @@
 """The block of the transformers."""
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -28,8 +30,13 @@ class Block(nnx.Module):
         def split(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        attended = nnx.dot_product_attention(
-            split(self.query(h)), split(self.key(h)), split(self.value(h)), is_causal=self.causal
-        )
+        query, key, value = split(self.query(h)), split(self.key(h)), split(self.value(h))
+        # Not nnx.dot_product_attention, whose softmax is float32 even of float64.
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
+        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        if self.causal:
+            scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -jnp.inf)
+        attention = jax.nn.softmax(scores).astype(value.dtype)
+        attended = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
         x = x + self.out(attended.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm(x))))

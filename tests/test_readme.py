@@ -11,10 +11,12 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import agd_jax
 from input_pipeline import resident
 from input_pipeline.specs import SPECS
 from tests.helpers import ROOT, free_address
@@ -103,20 +105,40 @@ def test_every_command_does_what_it_says(clone, tmp_path):
 
 
 @pytest.mark.slow
+def scanned():
+    """A network that scans over three layers, with its parameters and its input."""
+
+    def apply(params, x):
+        def layer(x, p):
+            y = x * p["norm"]["scale"]
+            query = jnp.einsum("td,dhk->thk", y, p["query"]["kernel"]) + p["query"]["bias"]
+            return x + jnp.tanh(query.reshape(x.shape) @ p["up"]) @ p["down"], None
+
+        return jax.lax.scan(layer, x, params["layers"])[0]
+
+    query = {"kernel": jnp.ones((3, 8, 2, 4)), "bias": jnp.ones((3, 2, 4))}
+    dense = {"up": jnp.ones((3, 8, 16)), "down": jnp.ones((3, 16, 8))}
+    params = {"layers": {"norm": {"scale": jnp.ones((3, 8))}, "query": query} | dense}
+    return apply, params, jnp.ones((5, 8))
+
+
 def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
-    step, use, partition = blocks("python")
+    step, use, geometry, partition = blocks("python")
     names = {}
     exec(step, names)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 784)), rng.normal(size=(32, 10))
-    params, opt_state = names["step"](names["params"], names["opt_state"], x, y)
+    dense, opt_state = names["step"](names["params"], names["opt_state"], x, y)
     assert opt_state.eta > 0
+    apply, params, x = scanned()
+    exec(geometry, names | {"apply": apply, "params": params, "example_inputs": [x]})
+    assert str(agd_jax.geometry_of(apply, params, x)) in README
     exec(partition, names)
     attention = nn.MultiHeadDotProductAttention(num_heads=2).init(
         jax.random.key(0), np.ones((1, 3, 4))
     )
     with warnings.catch_warnings(action="error"):
-        names["tx"].init({"dense": params, "attention": attention["params"]})
+        names["tx"].init({"dense": dense, "attention": attention["params"]})
 
     if not (clone / "runs" / "digits").exists():
         pasted(clone, "./run train --workdir runs/digits --epochs 20")

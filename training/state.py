@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import models
 if TYPE_CHECKING:
     import optax
 
+    from agd_jax import Geometry
     from training.config import TrainConfig
 
 # The static part of a network, and a tree of its arrays.
@@ -80,11 +82,33 @@ def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
     return graphdef, params, batch_stats
 
 
-def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Builds the optimiser of a config."""
+def geometry_of(graph: Graph, params: Arrays, batch_stats: Arrays, images: Any) -> Geometry:
+    """Returns how a network uses its parameters, from shapes or arrays; computes nothing."""
     import agd_jax  # Here, as loading a trained network does not need it.
 
-    return agd_jax.agd(gain=config.gain)
+    def apply(params: Arrays, batch_stats: Arrays, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params, batch_stats, copy=True)
+        model.train()
+        results: jax.Array = model(images)
+        return results
+
+    return agd_jax.geometry_of(apply, params, batch_stats, images)
+
+
+def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Builds the optimiser of a config."""
+    import agd_jax
+
+    return agd_jax.agd(geometry=_geometry(config), gain=config.gain)
+
+
+@functools.lru_cache(1)
+def _geometry(config: TrainConfig) -> Geometry:
+    """Returns how the network of a config uses its parameters."""
+    dtype, _ = DTYPES[config.precision]
+    # As many examples as BatchNorm takes together.
+    shape = (config.bn_group or 2, *config.spec.image_shape)
+    return geometry_of(*abstract_network(config), jax.ShapeDtypeStruct(shape, dtype))
 
 
 def abstract_state(config: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
@@ -113,9 +137,11 @@ def _maker(
 ) -> Callable[[jax.Array], TrainState]:
     import agd_jax
 
+    geometry = _geometry(config)
+
     def make(key: jax.Array) -> TrainState:
         _, params, batch_stats = split(create_network(config))
-        params = agd_jax.orthogonal_init(key, params)
+        params = agd_jax.orthogonal_init(key, params, geometry)
         return TrainState(jnp.zeros([], jnp.int32), params, batch_stats, tx.init(params))
 
     return make

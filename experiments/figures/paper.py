@@ -78,8 +78,8 @@ class Rates:
     """The loss at each learning rate of Adam and SGD, and that of AGD, which has none."""
 
     published = (
-        "ResNet-18 on CIFAR-10: AGD without any tuning comes near to the best rate of Adam and of "
-        "SGD (figure 2)."
+        "ResNet-18 on CIFAR-10: AGD, without a rate, reaches an accuracy of 91.2%, Adam at the "
+        "best of its rates 92.9% (figure 2)."
     )
     rates = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
@@ -165,8 +165,8 @@ class Tuned:
     """AGD against Adam and SGD, each at its best rate, and how large their steps are."""
 
     published = (
-        "A fully connected network of depth 8 and width 256 on CIFAR-10: AGD trains about as fast "
-        "as Adam and SGD at their best rates, with smaller steps as training goes on (figure 4)."
+        "A fully connected network of depth 8 and width 256 on CIFAR-10: AGD is comparable to Adam "
+        "and SGD at their best rates (figure 4)."
     )
     optimizers = ("agd", "adam", "sgd")
 
@@ -204,8 +204,8 @@ class Sizes:
     """AGD over depths and widths."""
 
     published = (
-        "Test accuracy on CIFAR-10 from 42.55% (depth 2, width 64) to 63.7% (depth 4, width 2048); "
-        "every size trains (figure 5)."
+        "Test accuracy on CIFAR-10 from 42.55% (depth 2, width 64) to 63.7% (depth 4, width "
+        "2048; figure 5)."
     )
     depths = (2, 4, 8, 16, 32)
 

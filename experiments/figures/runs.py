@@ -179,9 +179,10 @@ def curve(
     length = min(len(run[part][column]) for run in found)
     columns = [run[part][column][:length] for run in found]
     x = [step / per_epoch for step in found[0][part]["step"][:length]]
+    diverged = " (diverged)" if any(run["diverged"] for run in found) else ""
     style = {
         "color": COLOURS[optimizer],
-        "label": optimizer.replace("_", " "),
+        "label": optimizer.replace("_", " ") + diverged,
         "linewidth": 2 if optimizer == "agd" else 1.3,
     } | style
     axes.plot(x, [statistics.fmean(values) for values in zip(*columns, strict=True)], **style)

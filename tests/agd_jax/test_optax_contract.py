@@ -8,7 +8,10 @@ import pytest
 
 import agd_jax
 
-pytestmark = pytest.mark.filterwarnings("ignore:agd.. was given one bare vector:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:agd.. was given one bare vector:UserWarning"),
+    pytest.mark.filterwarnings("ignore:from shapes alone:UserWarning"),
+]
 
 PARABOLA = jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])
 MATRIX = jnp.zeros((2, 2)), jnp.array([[3.0, -2.0], [1.0, 4.0]])

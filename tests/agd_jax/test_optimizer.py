@@ -147,7 +147,8 @@ def test_a_learning_rate_is_refused(make):
     with pytest.raises(TypeError, match=r"^agd\(\) has no learning rate: .* write agd\(\)"):
         make()
     parameters = inspect.signature(agd_jax.agd).parameters.values()
-    assert {(p.name, p.kind) for p in parameters} == {("gain", inspect.Parameter.KEYWORD_ONLY)}
+    assert [p.name for p in parameters] == ["geometry", "gain"]
+    assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_a_schedule_is_refused_with_what_to_do():
@@ -182,7 +183,7 @@ class Attention(nnx.Module):
     ("make", "useless"),
     [(ConvBatchNorm, ("conv", "bias")), (Attention, ("attention", "key", "bias"))],
 )
-@pytest.mark.filterwarnings("ignore:agd_jax takes the last two axes")
+@pytest.mark.filterwarnings("ignore:from shapes alone")
 def test_a_gradient_of_nothing_but_rounding_moves_nothing(make, useless):
     graphdef, params, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
@@ -230,6 +231,60 @@ def test_what_is_not_finite_is_not_hidden(bad):
     updates, state = tx.update(grads, tx.init(params), params)
     assert np.all(np.isnan(updates["a"]))
     assert not np.isfinite(state.gradient_summary)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("size", ["tiny", "small", "large", "huge"])
+def test_a_finite_gradient_of_any_size_gives_a_finite_step_in_its_direction(dtype, size):
+    with jax.enable_x64(dtype == "float64"):
+        info = jnp.finfo(dtype)
+        factor = {
+            "tiny": 64 * float(info.tiny),
+            "small": float(info.tiny) ** 0.6,
+            "large": float(info.max) ** 0.6,
+            "huge": float(info.max) / 8,
+        }[size]
+        rng = np.random.default_rng(0)
+        unit = {"a": rng.uniform(-1, 1, (64, 32)), "b": rng.uniform(-1, 1, 32)}
+        grads = jax.tree.map(lambda g: jnp.asarray(factor * g, dtype), unit)
+        like = jax.tree.map(lambda g: jnp.asarray(g, dtype), unit)
+        tx = optax.apply_if_finite(agd_jax.agd(), 1)
+        updates, state = jax.jit(tx.update)(grads, tx.init(grads))
+        expected, plain = agd_jax.agd().update(like, agd_jax.agd().init(like))
+        assert state.last_finite
+        eta, expected_eta = state.inner_state.eta, plain.eta
+        if size in ("tiny", "small"):
+            # For small G, eta is G; a step of the smallest ones is too small for their dtype.
+            assert 0 < eta <= 10 * factor * plain.gradient_summary
+        else:
+            expected_eta = 0.5 * (jnp.log(plain.gradient_summary) + np.log(factor))
+            np.testing.assert_allclose(eta, expected_eta, rtol=0.01)
+        if size != "tiny":
+            for name in grads:
+                step = np.asarray(updates[name], "float64") / np.asarray(eta, "float64")
+                direction = np.asarray(expected[name], "float64") / np.asarray(plain.eta, "float64")
+                np.testing.assert_allclose(step, direction, rtol=0.02, atol=1e-3)
+
+
+def test_a_power_of_two_changes_no_bit_but_of_eta():
+    grads = jax.random.normal(jax.random.key(0), (16, 8))
+    one, many = (
+        agd_jax.agd().update({"w": f * grads}, agd_jax.agd().init({"w": grads}))
+        for f in (1, 2.0**80)
+    )
+    assert many[1].gradient_summary == 2.0**80 * one[1].gradient_summary
+    # At the same eta the steps are the same.
+    ratio = many[1].eta / one[1].eta
+    np.testing.assert_allclose(many[0]["w"], ratio * one[0]["w"], rtol=1e-6)
+
+
+def test_complex_parameters_are_refused_with_what_to_do():
+    params = {"w": jnp.ones((2, 2), complex)}
+    with pytest.raises(TypeError, match=r"split_real_and_imaginary\(agd_jax\.agd\(\)\)"):
+        agd_jax.agd().init(params)
+    tx = optax.contrib.split_real_and_imaginary(agd_jax.agd())
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["w"].dtype == params["w"].dtype
 
 
 def test_library_imports_jax_and_optax_alone():

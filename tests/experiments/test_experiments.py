@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import threading
@@ -277,6 +278,8 @@ def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
         return fake(Need(task, optimizer, rate, seed), [1.0])
 
     monkeypatch.setattr(runner, "run", run)
+    # Rich draws one at a time in a process.
+    monkeypatch.setattr(program, "Progress", functools.partial(program.Progress, disable=True))
     monkeypatch.setattr(program.time, "sleep", lambda seconds: threading.Event().wait(0.02))
     commands = [
         threading.Thread(target=program.take, args=(Run("yardstick", "smoke", tmp_path),))

@@ -39,6 +39,7 @@ def five_steps(*arguments):
         pytest.param("fcn", "f64", MESHES, marks=pytest.mark.slow),
         pytest.param("fcn", "f32", MESHES, marks=pytest.mark.slow),
         pytest.param("resnet18", "f64", MESHES, marks=pytest.mark.slow),
+        pytest.param("vit", "f64", MESHES, marks=pytest.mark.slow),
     ],
 )
 def test_training_is_the_same_on_every_mesh(arch, precision, meshes):

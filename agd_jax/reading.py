@@ -1,0 +1,366 @@
+"""How a program uses each of its parameters, read from its jaxpr.
+
+A traced program says which axes of a parameter it contracts, which become outputs and which it goes
+over one by one, whatever the framework and whatever the parameters are called. The walk follows
+each parameter through transposes, reshapes, casts and calls to the operations that use it on data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+
+class Factor(NamedTuple):
+    """A factor of an axis of a parameter, which is seen as ``(outer, size, rest)``.
+
+    An axis that no reshape splits is one factor, with ``outer == 1``. An axis that a broadcast has
+    added is one of axis -1.
+    """
+
+    axis: int
+    outer: int
+    size: int
+
+
+# An axis of a value: the factors of a parameter's axes that are merged in it.
+Axis = tuple[Factor, ...]
+
+
+class Use(NamedTuple):
+    """One way in which a parameter is used, as factors of its axes.
+
+    Attributes:
+      kind: ``matrix``, ``convolution``, ``lookup``, ``offset`` or ``scale``.
+      inputs: what is contracted with data; of a lookup, what is looked up.
+      outputs: what the result has instead.
+      taps: the spatial axes of a convolution's kernel.
+      layers: what is gone over one by one: layers of a scan, experts, a batch of matrices.
+      sliced: axes of which this use sees one slice.
+      groups: into how many groups a convolution splits its channels.
+    """
+
+    kind: str
+    inputs: Axis = ()
+    outputs: Axis = ()
+    taps: Axis = ()
+    layers: Axis = ()
+    sliced: Axis = ()
+    groups: int = 1
+
+
+class Tracked(NamedTuple):
+    """A value that is a parameter, seen in another way.
+
+    Attributes:
+      parameter: its number among the leaves of the tree.
+      axes: the axes of the value.
+      layers: what was gone over on the way here.
+      sliced: axes that were sliced on the way here.
+    """
+
+    parameter: int
+    axes: tuple[Axis, ...]
+    layers: Axis = ()
+    sliced: Axis = ()
+
+    def factors(self, positions: Iterable[int]) -> Axis:
+        """Returns the factors of some axes of the value."""
+        return tuple(f for position in positions for f in self.axes[position] if f.axis >= 0)
+
+    def use(self, kind: str, **roles: Any) -> Use:
+        """Returns a use of the parameter."""
+        return Use(kind, sliced=self.sliced, **{"layers": self.layers} | roles)
+
+
+# What is known of a value: that it is one or more parameters; DATA, if it depends on the inputs; or
+# None, if it is a constant or depends on parameters alone, but is none of them.
+DATA = "data"
+Value = tuple[Tracked, ...] | str | None
+
+# Operations whose result is their first operand, perhaps with other entries.
+_SAME = {
+    *("convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard"),
+    *("optimization_barrier", "reduce_precision", "rev", "neg", "real"),
+}
+_SUMS = {"add", "sub", "add_any", "concatenate", "select_n", "dynamic_update_slice"}
+_PRODUCTS = {"mul", "div"}
+
+
+class Reading(NamedTuple):
+    """What was found.
+
+    Attributes:
+      uses: for each parameter, how often it is used in which way.
+      stopped: for each parameter, the operations at which it could not be followed.
+    """
+
+    uses: list[Counter[Use]]
+    stopped: list[list[str]]
+
+    @staticmethod
+    def of(count: int) -> Reading:
+        """Returns an empty one, of so many parameters."""
+        return Reading([Counter() for _ in range(count)], [[] for _ in range(count)])
+
+    def stop(self, value: Value, operation: str) -> None:
+        """Notes that parameters cannot be followed through an operation."""
+        for tracked in value if isinstance(value, tuple) else ():
+            if operation not in self.stopped[tracked.parameter]:
+                self.stopped[tracked.parameter].append(operation)
+
+
+def read(apply: Callable[..., Any], params: Any, *inputs: Any) -> Reading:
+    """Reads how ``apply(params, *inputs)`` uses the leaves of ``params``; computes nothing.
+
+    Args:
+      apply: a function that JAX can trace.
+      params: a tree of arrays or of their shapes.
+      inputs: examples of its other arguments, or their shapes.
+    """
+    closed = jax.make_jaxpr(apply)(params, *inputs)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+    reading = Reading.of(len(shapes))
+    values: list[Value] = [
+        (Tracked(index, tuple(_axis(axis, size) for axis, size in enumerate(shape))),)
+        for index, shape in enumerate(shapes)
+    ]
+    values += [DATA] * (len(closed.jaxpr.invars) - len(shapes))
+    for value in _walk(closed.jaxpr, values, reading):
+        reading.stop(value, "the result")
+    return reading
+
+
+def _axis(axis: int, size: int) -> Axis:
+    return (Factor(axis, 1, size),) if size != 1 else ()
+
+
+def _walk(jaxpr: Any, values: Sequence[Value], reading: Reading) -> list[Value]:
+    """Follows values through a program, adds to the reading, and returns its results."""
+    known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
+
+    def value(variable: Any) -> Value:
+        return None if isinstance(variable, core.Literal) else known.get(variable)
+
+    for equation in jaxpr.eqns:
+        results = _step(equation, [value(v) for v in equation.invars], reading)
+        known.update(zip(equation.outvars, results, strict=True))
+    return [value(variable) for variable in jaxpr.outvars]
+
+
+def _step(equation: Any, operands: list[Value], reading: Reading) -> list[Value]:
+    """Returns what the results of an equation are."""
+    name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
+    if name == "scan":
+        constants, carried = params["num_consts"], params["num_carry"]
+        return _loop(params["jaxpr"].jaxpr, operands, constants, carried, reading)
+    if name == "while":
+        constants, carried = params["cond_nconsts"], len(params["body_jaxpr"].jaxpr.outvars)
+        own = operands[constants:]
+        return _loop(params["body_jaxpr"].jaxpr, own, params["body_nconsts"], carried, reading)
+    if name == "cond":
+        found = [_walk(branch.jaxpr, operands[1:], reading) for branch in params["branches"]]
+        # What is one parameter or another can be seen as both.
+        return [_together(values, reading, name) for values in zip(*found, strict=True)]
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = getattr(params.get(key), "jaxpr", params.get(key))
+        if inner is not None and len(inner.invars) == len(operands):
+            return _walk(inner, operands, reading)
+    if not any(isinstance(operand, tuple) for operand in operands):
+        return [DATA if DATA in operands else None] * count
+    return [_apply(equation, operands, reading)] * count
+
+
+def _together(values: Sequence[Value], reading: Reading, name: str) -> Value:
+    """Returns what a value is that is one of several."""
+    parts = tuple(t for value in values if isinstance(value, tuple) for t in value)
+    if DATA not in values:
+        return parts or None
+    reading.stop(parts, name)
+    return DATA
+
+
+def _loop(
+    body: Any, operands: list[Value], constants: int, carried: int, reading: Reading
+) -> list[Value]:
+    """Follows values through a loop: of what it goes over, the first axis counts layers."""
+    slices: list[Value] = [
+        tuple(t._replace(axes=t.axes[1:], layers=t.layers + t.factors([0])) for t in value)
+        if isinstance(value, tuple)
+        else value
+        for value in operands[constants + carried :]
+    ]
+    carry = operands[constants : constants + carried]
+    for i, value in enumerate(carry):
+        if isinstance(value, tuple) and body.outvars[i] is not body.invars[constants + i]:
+            # Where a loop begins with a parameter and goes on with something else, it is a vector
+            # that is learned.
+            for tracked in value:
+                reading.uses[tracked.parameter][_everything(tracked, "offset")] += 1
+            carry[i] = DATA
+    while True:
+        trial = Reading.of(len(reading.uses))
+        results = _walk(body, [*operands[:constants], *carry, *slices], trial)
+        # What is a constant at first may come to depend on data.
+        after = [
+            now if now is not None else then and DATA
+            for now, then in zip(carry, results, strict=False)
+        ]
+        if after == carry:
+            break
+        carry = after
+    results = _walk(body, [*operands[:constants], *carry, *slices], reading)
+    for value in results[carried:]:
+        reading.stop(value, "the result of a loop")
+    return [*carry, *(DATA if isinstance(value, tuple) else value for value in results[carried:])]
+
+
+def _everything(one: Tracked, kind: str) -> Use:
+    """Returns a use of all axes together."""
+    return one.use(kind, outputs=one.factors(range(len(one.axes))))
+
+
+def _apply(equation: Any, operands: list[Value], reading: Reading) -> Value:
+    """Follows parameters through an operation, or notes how it uses them on data."""
+    name, params = equation.primitive.name, equation.params
+    shape, mixed = equation.invars[0].aval.shape, DATA in operands
+    holders = [i for i, value in enumerate(operands) if isinstance(value, tuple)]
+    alone, first = len(holders) == 1, holders[0]
+    tracked = [one for i in holders for one in operands[i] or () if isinstance(one, Tracked)]
+
+    def used(use: Callable[[Tracked], Use]) -> Value:
+        for one in tracked:
+            reading.uses[one.parameter][use(one)] += 1
+        return DATA
+
+    def moved(move: Callable[[Tracked], Tracked | None]) -> Value:
+        results = [result for one in tracked if (result := move(one)) is not None]
+        return tuple(results) if len(results) == len(tracked) else lost()
+
+    def lost() -> Value:
+        for value in operands:
+            reading.stop(value, name if alone else f"{name} of two parameters")
+        return DATA if mixed else None
+
+    if name in _SAME and alone:
+        return tuple(tracked)
+    if name == "transpose":
+        return moved(
+            lambda one: one._replace(axes=tuple(one.axes[i] for i in params["permutation"]))
+        )
+    if name in ("reshape", "squeeze", "expand_dims"):
+        return moved(lambda one: _reshaped(one, shape, equation.outvars[0].aval.shape))
+    if name == "broadcast_in_dim":
+        return moved(lambda one: _broadcast(one, shape, params))
+    if (name == "slice" and params["strides"] is None) or (
+        name == "split" and len(set(params["sizes"])) == 1
+    ):
+        sizes = equation.outvars[0].aval.shape
+        return moved(lambda one: _sliced(one, shape, sizes, "sliced"))
+    if name == "dynamic_slice" and first == 0 and not mixed:
+        return moved(lambda one: _sliced(one, shape, params["slice_sizes"], "layers"))
+    if name == "dynamic_slice" and first == 0:
+        pairs = enumerate(zip(shape, params["slice_sizes"], strict=True))
+        rows = [i for i, (whole, part) in pairs if whole != part]
+        return used(lambda one: _lookup(one, rows, []))
+    if name == "gather" and first == 0 and alone:
+        numbers = params["dimension_numbers"]
+        return used(
+            lambda one: _lookup(one, numbers.start_index_map, numbers.operand_batching_dims)
+        )
+    if name == "dot_general" and alone:
+        return used(lambda one: _product(one, params["dimension_numbers"], first))
+    if name == "conv_general_dilated" and alone and first == 1:
+        return used(lambda one: _convolution(one, params))
+    if name in _SUMS and mixed:
+        return used(lambda one: _everything(one, "offset"))
+    if name in _PRODUCTS and alone and mixed and (name == "mul" or first == 1):
+        return used(lambda one: _everything(one, "scale"))
+    # A sum of parameters is each of them. Times a constant, a parameter remains what it is.
+    if not mixed and (
+        name in _SUMS or (name in _PRODUCTS and alone and first == 0) or (name == "mul" and alone)
+    ):
+        return tuple(tracked)
+    return lost()
+
+
+def _reshaped(one: Tracked, shape: Sequence[int], new: Sequence[int]) -> Tracked | None:
+    """Merges and splits axes; returns None where a new axis has a part of one that is no factor."""
+    if any(math.prod(f.size for f in axis) != n for axis, n in zip(one.axes, shape, strict=True)):
+        return None
+    left = [factor for axis in one.axes for factor in axis]
+    axes: list[Axis] = []
+    for size in new:
+        axis: list[Factor] = []
+        while size > 1:
+            whole = left.pop(0)
+            if size % whole.size == 0:
+                part = whole
+            elif whole.size % size == 0:
+                part = whole._replace(size=size)
+                rest = whole.size // size
+                left.insert(0, whole._replace(outer=whole.outer * size, size=rest))
+            else:
+                return None
+            axis.append(part)
+            size //= part.size
+        axes.append(tuple(axis))
+    return one._replace(axes=tuple(axes))
+
+
+def _broadcast(one: Tracked, shape: Sequence[int], params: dict[str, Any]) -> Tracked:
+    """Adds axes, of which the parameter has none."""
+    axes: list[Axis] = [(Factor(-1, 1, n),) if n != 1 else () for n in params["shape"]]
+    for i, position in enumerate(params["broadcast_dimensions"]):
+        if shape[i] == params["shape"][position]:
+            axes[position] = one.axes[i]
+    return one._replace(axes=tuple(axes))
+
+
+def _sliced(one: Tracked, shape: Sequence[int], sizes: Sequence[int], role: str) -> Tracked | None:
+    """Splits off which slice of an axis is taken; returns None if slices do not fill the axis."""
+    axes, taken = list(one.axes), getattr(one, role)
+    for i, (whole, part) in enumerate(zip(shape, sizes, strict=True)):
+        if whole == part:
+            continue
+        if whole % part or [f.size for f in axes[i]] != [whole]:
+            return None
+        (factor,) = axes[i]
+        count = whole // part
+        taken += (factor._replace(size=count),) if factor.axis >= 0 else ()
+        rest = factor._replace(outer=factor.outer * count, size=part)
+        axes[i] = (rest,) if part > 1 else ()
+    return one._replace(axes=tuple(axes), **{role: taken})
+
+
+def _product(one: Tracked, numbers: Any, position: int) -> Use:
+    """Returns the use by ``dot_general``: what is contracted are the inputs."""
+    contracted, batch = (part[position] for part in numbers)
+    rest = [i for i in range(len(one.axes)) if i not in (*contracted, *batch)]
+    layers = one.layers + one.factors(batch)
+    roles = {"inputs": one.factors(contracted), "outputs": one.factors(rest), "layers": layers}
+    return one.use("matrix", **roles)
+
+
+def _convolution(one: Tracked, params: dict[str, Any]) -> Use:
+    """Returns the use by ``conv_general_dilated``, whose kernel has axes of three kinds."""
+    outputs, inputs, *taps = params["dimension_numbers"].rhs_spec
+    return one.use(
+        "convolution",
+        inputs=one.factors([inputs]),
+        outputs=one.factors([outputs]),
+        taps=one.factors(taps),
+        groups=params.get("feature_group_count", 1) * params.get("batch_group_count", 1),
+    )
+
+
+def _lookup(one: Tracked, rows: Sequence[int], batch: Sequence[int]) -> Use:
+    """Returns the use by ``gather``, which takes rows."""
+    rest = [i for i in range(len(one.axes)) if i not in (*rows, *batch)]
+    layers = one.layers + one.factors(batch)
+    return one.use("lookup", inputs=one.factors(rows), outputs=one.factors(rest), layers=layers)
