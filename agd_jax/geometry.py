@@ -16,8 +16,10 @@ block is:
   :math:`s = \sqrt{d_{out}}`. A row that is not looked up does not move.
 - ``offset``, as a bias or a class token: the whole of it, a map from the constant 1;
   :math:`s = \sqrt{d_{out}}`.
-- ``scale``, as that of a normalisation: a diagonal matrix, of as many inputs as outputs, so
-  :math:`s = 1`.
+- ``scale``, as that of a normalisation: a diagonal matrix, whose operator norm is its largest
+  entry. It is measured by the root mean square of its entries, which is of that size where entries
+  are alike, and not by the Frobenius norm, which is larger by the root of their number:
+  :math:`s = \sqrt{d_{out}}`. It starts at one, and an offset at zero.
 
 What a program goes over one by one, as the layers of a scan or experts, are as many tensors as
 there are layers, not one. Compare *Old Optimizer, New Norm*, https://arxiv.org/abs/2409.20325, and
@@ -84,8 +86,6 @@ class Layout:
         >>> Layout.of_shape((3, 3, 8, 8)).scale == 1 / 3
         True
         """
-        if self.kind == "scale":
-            return 1.0
         # Only an empty parameter has a zero here; it has no entries for its scale to matter to.
         return math.sqrt(self.count("outputs") / max(self.count("inputs", "taps"), 1))
 
@@ -210,11 +210,23 @@ def _with_roles(kind: str, shape: tuple[int, ...], roles: dict[str, list[Factor]
 
 
 class Geometry:
-    """How each parameter of a network is used. ``print`` shows it as a table."""
+    """How each parameter of a network is used, and how deep it is. ``print`` shows it as a table.
 
-    def __init__(self, layouts: Mapping[str, Layout]):
-        """Keeps the layouts, by the paths of the parameters in their tree."""
+    Attributes:
+      layouts: how each parameter is seen, by its path.
+      depth: the effective depth: how many layers are in series, where the depth of a sum is the
+        mean over its terms (see :class:`agd_jax.reading.Data`). Of a chain of layers it is their
+        number. If it is None, the number of tensors counts, as in the paper.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout], depth: float | None = None):
+        """Keeps them."""
         self.layouts = dict(layouts)
+        self.depth = depth
+
+    def with_depth(self, depth: float | None) -> Geometry:
+        """Returns the geometry with another depth; with None, the number of tensors counts."""
+        return Geometry(self.layouts, depth)
 
     def layout(self, path: str, leaf: Any) -> Layout:
         """Returns the layout of a parameter.
@@ -265,7 +277,8 @@ class Geometry:
             )
             for row in (heading, *rows)
         )
-        return "\n".join(line.rstrip() for line in aligned)
+        last = [] if self.depth is None else [f"effective depth {self.depth:.4g}"]
+        return "\n".join([*(line.rstrip() for line in aligned), *last])
 
 
 def layouts_of(tree: Any, geometry: Geometry | None) -> Any:
@@ -316,6 +329,7 @@ def geometry_of(
     bias    (64,)      offset       1       64     1       1       8
     hidden  (784, 64)  matrix     784       64     1       1  0.2857
     out     (10, 64)   matrix      64       10     1       1  0.3953
+    effective depth 2
 
     Args:
       apply: the network, as ``apply(params, *example_inputs)``. It is traced, and nothing is
@@ -356,7 +370,7 @@ def geometry_of(
             f"{'; '.join(lost)}",
             stacklevel=2,
         )
-    return Geometry(layouts)
+    return Geometry(layouts, max(found.depth, 1.0))
 
 
 def _given(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> Layout:

@@ -119,9 +119,11 @@ def agd(
     True
 
     Args:
-      geometry: how each parameter is used, from :func:`agd_jax.geometry_of`. Without it, their
-        shapes say it: the last two axes are inputs and outputs, those before count taps, as in
-        Flax's dense and convolution kernels.
+      geometry: how each parameter is used, from :func:`agd_jax.geometry_of`; the effective depth
+        of the network then takes the place of :math:`L`, of which ``geometry.with_depth(None)``
+        makes the number of tensors again. Without it, the shapes of parameters say it: the last
+        two axes are inputs and outputs, those before count taps, as in Flax's dense and
+        convolution kernels.
       gain: multiplies every update. The method has no such number; 10 is an experiment some
         like to make.
 
@@ -176,7 +178,8 @@ def agd(
         del extra_args  # Accepted, so that agd() may stand in a chain with others that use them.
         updates = jax.tree.map(jnp.asarray, updates)  # Python's floats are gradients too.
         layouts = layouts_of(updates, geometry)
-        depth = max(sum(layout.count("layers") for layout in jax.tree.leaves(layouts)), 1)
+        tensors = sum(layout.count("layers") for layout in jax.tree.leaves(layouts))
+        depth = (geometry.depth if geometry else None) or max(tensors, 1)
         scaled, norms, exponent = _measure(layouts, updates)
         dual_norms = jax.tree.map(Layout.dual_norm, layouts, norms)
         total = _total(dual_norms)

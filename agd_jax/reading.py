@@ -1,8 +1,9 @@
-"""How a program uses each of its parameters, read from its jaxpr.
+"""How a program uses each of its parameters, and how deep it is, read from its jaxpr.
 
 A traced program says which axes of a parameter it contracts, which become outputs and which it goes
 over one by one, whatever the framework and whatever the parameters are called. The walk follows
-each parameter through transposes, reshapes, casts and calls to the operations that use it on data.
+each parameter through transposes, reshapes, casts and calls to the operations that use it on data,
+and counts layers on the way of the data: see :class:`Data`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from jax.extend import core
@@ -78,10 +79,49 @@ class Tracked(NamedTuple):
         return Use(kind, sliced=self.sliced, **{"layers": self.layers} | roles)
 
 
-# What is known of a value: that it is one or more parameters; DATA, if it depends on the inputs; or
-# None, if it is a constant or depends on parameters alone, but is none of them.
-DATA = "data"
-Value = tuple[Tracked, ...] | str | None
+class Data(NamedTuple):
+    """A value that depends on the inputs.
+
+    Attributes:
+      depth: how many layers are in series before it. A matrix or a convolution adds one layer, an
+        embedding is the first. The depth of a sum is the mean over all of its terms, so that a
+        branch that is added to a residual stream of many counts for one of many.
+      terms: of how many it is the sum.
+    """
+
+    depth: float
+    terms: int
+
+
+# What is known of a value: that it is one or more parameters; that it is data; or None, if it is a
+# constant or depends on parameters alone, but is none of them.
+Value = tuple[Tracked, ...] | Data | None
+
+
+def is_parameters(value: Value) -> TypeGuard[tuple[Tracked, ...]]:
+    """Whether a value is one or more parameters."""
+    return isinstance(value, tuple) and not isinstance(value, Data)
+
+
+def data_of(values: Iterable[Value]) -> list[Data]:
+    """Returns those values that are data."""
+    return [value for value in values if isinstance(value, Data)]
+
+
+def through(values: Iterable[Value], layers: int = 0) -> Data:
+    """Returns what comes of an operation: as deep as the deepest of its operands, and more."""
+    data = data_of(values)
+    depth = max((one.depth for one in data), default=0.0)
+    terms = 1 if layers else max((one.terms for one in data), default=1)
+    return Data(depth + layers, terms)
+
+
+def sum_of(values: Iterable[Value]) -> Data:
+    """Returns the sum of data: the mean depth of all terms."""
+    data = data_of(values)
+    terms = sum(one.terms for one in data)
+    return Data(sum(one.depth * one.terms for one in data) / terms, terms)
+
 
 # Operations whose result is their first operand, perhaps with other entries.
 _SAME = {
@@ -98,10 +138,12 @@ class Reading(NamedTuple):
     Attributes:
       uses: for each parameter, how often it is used in which way.
       stopped: for each parameter, the operations at which it could not be followed.
+      depth: the effective depth of the program, that of its deepest result.
     """
 
     uses: list[Counter[Use]]
     stopped: list[list[str]]
+    depth: float = 0.0
 
     @staticmethod
     def of(count: int) -> Reading:
@@ -110,7 +152,7 @@ class Reading(NamedTuple):
 
     def stop(self, value: Value, operation: str) -> None:
         """Notes that parameters cannot be followed through an operation."""
-        for tracked in value if isinstance(value, tuple) else ():
+        for tracked in value if is_parameters(value) else ():
             if operation not in self.stopped[tracked.parameter]:
                 self.stopped[tracked.parameter].append(operation)
 
@@ -130,10 +172,11 @@ def read(apply: Callable[..., Any], params: Any, *inputs: Any) -> Reading:
         (Tracked(index, tuple(_axis(axis, size) for axis, size in enumerate(shape))),)
         for index, shape in enumerate(shapes)
     ]
-    values += [DATA] * (len(closed.jaxpr.invars) - len(shapes))
-    for value in _walk(closed.jaxpr, values, reading):
+    values += [Data(0.0, 1)] * (len(closed.jaxpr.invars) - len(shapes))
+    results = _walk(closed.jaxpr, values, reading)
+    for value in results:
         reading.stop(value, "the result")
-    return reading
+    return reading._replace(depth=through(results).depth)
 
 
 def _axis(axis: int, size: int) -> Axis:
@@ -158,7 +201,8 @@ def _step(equation: Any, operands: list[Value], reading: Reading) -> list[Value]
     name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
     if name == "scan":
         constants, carried = params["num_consts"], params["num_carry"]
-        return _loop(params["jaxpr"].jaxpr, operands, constants, carried, reading)
+        body = params["jaxpr"].jaxpr
+        return _loop(body, operands, constants, carried, reading, params["length"])
     if name == "while":
         constants, carried = params["cond_nconsts"], len(params["body_jaxpr"].jaxpr.outvars)
         own = operands[constants:]
@@ -171,53 +215,79 @@ def _step(equation: Any, operands: list[Value], reading: Reading) -> list[Value]
         inner = getattr(params.get(key), "jaxpr", params.get(key))
         if inner is not None and len(inner.invars) == len(operands):
             return _walk(inner, operands, reading)
-    if not any(isinstance(operand, tuple) for operand in operands):
-        return [DATA if DATA in operands else None] * count
-    return [_apply(equation, operands, reading)] * count
+    if any(map(is_parameters, operands)):
+        return [_apply(equation, operands, reading)] * count
+    data = data_of(operands)
+    if not data:
+        return [None] * count
+    if name in ("add", "add_any"):
+        return [sum_of(data)]
+    # A product of data is one term, as a gated or normalised sum is.
+    product = name in ("mul", "div", "dot_general", "conv_general_dilated") and len(data) > 1
+    result = through(data)
+    return [result._replace(terms=1) if product else result] * count
 
 
 def _together(values: Sequence[Value], reading: Reading, name: str) -> Value:
     """Returns what a value is that is one of several."""
-    parts = tuple(t for value in values if isinstance(value, tuple) for t in value)
-    if DATA not in values:
+    parts = tuple(t for value in values if is_parameters(value) for t in value)
+    if not data_of(values):
         return parts or None
     reading.stop(parts, name)
-    return DATA
+    return through(values)
 
 
 def _loop(
-    body: Any, operands: list[Value], constants: int, carried: int, reading: Reading
+    body: Any,
+    operands: list[Value],
+    constants: int,
+    carried: int,
+    reading: Reading,
+    length: int = 1,
 ) -> list[Value]:
     """Follows values through a loop: of what it goes over, the first axis counts layers."""
     slices: list[Value] = [
         tuple(t._replace(axes=t.axes[1:], layers=t.layers + t.factors([0])) for t in value)
-        if isinstance(value, tuple)
+        if is_parameters(value)
         else value
         for value in operands[constants + carried :]
     ]
     carry = operands[constants : constants + carried]
     for i, value in enumerate(carry):
-        if isinstance(value, tuple) and body.outvars[i] is not body.invars[constants + i]:
+        if is_parameters(value) and body.outvars[i] is not body.invars[constants + i]:
             # Where a loop begins with a parameter and goes on with something else, it is a vector
             # that is learned.
             for tracked in value:
                 reading.uses[tracked.parameter][_everything(tracked, "offset")] += 1
-            carry[i] = DATA
+            carry[i] = Data(0.0, 1)
+
+    def once(carry: list[Value], reading: Reading) -> list[Value]:
+        return _walk(body, [*operands[:constants], *carry, *slices], reading)
+
     while True:
-        trial = Reading.of(len(reading.uses))
-        results = _walk(body, [*operands[:constants], *carry, *slices], trial)
+        results = once(carry, Reading.of(len(reading.uses)))
         # What is a constant at first may come to depend on data.
         after = [
-            now if now is not None else then and DATA
+            then if now is None and isinstance(then, Data) else now
             for now, then in zip(carry, results, strict=False)
         ]
-        if after == carry:
+        if [type(value) for value in after] == [type(value) for value in carry]:
             break
         carry = after
-    results = _walk(body, [*operands[:constants], *carry, *slices], reading)
+    results = once(carry, reading)
+    # Where it goes over parameters, each round is a layer. Steps in time use the same ones again.
+    for _ in range(length - 1 if any(map(is_parameters, slices)) else 0):
+        carry = [
+            now if is_parameters(now) or now is None else then
+            for now, then in zip(carry, results, strict=False)
+        ]
+        results = once(carry, Reading.of(len(reading.uses)))
     for value in results[carried:]:
         reading.stop(value, "the result of a loop")
-    return [*carry, *(DATA if isinstance(value, tuple) else value for value in results[carried:])]
+    return [
+        start if is_parameters(start) else through([value]) if value is not None else None
+        for start, value in zip([*carry, *results[carried:]], results, strict=True)
+    ]
 
 
 def _everything(one: Tracked, kind: str) -> Use:
@@ -228,15 +298,15 @@ def _everything(one: Tracked, kind: str) -> Use:
 def _apply(equation: Any, operands: list[Value], reading: Reading) -> Value:
     """Follows parameters through an operation, or notes how it uses them on data."""
     name, params = equation.primitive.name, equation.params
-    shape, mixed = equation.invars[0].aval.shape, DATA in operands
-    holders = [i for i, value in enumerate(operands) if isinstance(value, tuple)]
+    shape, mixed = equation.invars[0].aval.shape, bool(data_of(operands))
+    holders = [i for i, value in enumerate(operands) if is_parameters(value)]
     alone, first = len(holders) == 1, holders[0]
     tracked = [one for i in holders for one in operands[i] or () if isinstance(one, Tracked)]
 
-    def used(use: Callable[[Tracked], Use]) -> Value:
+    def used(use: Callable[[Tracked], Use], layers: int = 0) -> Value:
         for one in tracked:
             reading.uses[one.parameter][use(one)] += 1
-        return DATA
+        return through(operands, layers)
 
     def moved(move: Callable[[Tracked], Tracked | None]) -> Value:
         results = [result for one in tracked if (result := move(one)) is not None]
@@ -245,7 +315,7 @@ def _apply(equation: Any, operands: list[Value], reading: Reading) -> Value:
     def lost() -> Value:
         for value in operands:
             reading.stop(value, name if alone else f"{name} of two parameters")
-        return DATA if mixed else None
+        return through(operands) if mixed else None
 
     if name in _SAME and alone:
         return tuple(tracked)
@@ -267,20 +337,23 @@ def _apply(equation: Any, operands: list[Value], reading: Reading) -> Value:
     if name == "dynamic_slice" and first == 0:
         pairs = enumerate(zip(shape, params["slice_sizes"], strict=True))
         rows = [i for i, (whole, part) in pairs if whole != part]
-        return used(lambda one: _lookup(one, rows, []))
+        used(lambda one: _lookup(one, rows, []))
+        return Data(max(through(operands).depth, 1.0), 1)
     if name == "gather" and first == 0 and alone:
         numbers = params["dimension_numbers"]
-        return used(
-            lambda one: _lookup(one, numbers.start_index_map, numbers.operand_batching_dims)
-        )
+        rows, batch = numbers.start_index_map, numbers.operand_batching_dims
+        used(lambda one: _lookup(one, rows, batch))
+        # What is looked up at constants, as positions, is a parameter that is added and no layer.
+        return Data(max(through(operands).depth, 1.0), 1) if mixed else None
     if name == "dot_general" and alone:
-        return used(lambda one: _product(one, params["dimension_numbers"], first))
+        return used(lambda one: _product(one, params["dimension_numbers"], first), layers=1)
     if name == "conv_general_dilated" and alone and first == 1:
-        return used(lambda one: _convolution(one, params))
+        return used(lambda one: _convolution(one, params), layers=1)
     if name in _SUMS and mixed:
         return used(lambda one: _everything(one, "offset"))
     if name in _PRODUCTS and alone and mixed and (name == "mul" or first == 1):
-        return used(lambda one: _everything(one, "scale"))
+        used(lambda one: _everything(one, "scale"))
+        return through(operands)._replace(terms=1)
     # A sum of parameters is each of them. Times a constant, a parameter remains what it is.
     if not mixed and (
         name in _SUMS or (name in _PRODUCTS and alone and first == 0) or (name == "mul" and alone)

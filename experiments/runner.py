@@ -225,7 +225,7 @@ def run(task: Task, programs: Programs, optimizer: str, rate: float, seed: int) 
     rows = jnp.asarray(data.chosen(np.random.default_rng(seed), task.steps, task.batch_size))
     arguments = traced, data.arrays, rows, augmentation
     train: dict[str, list[float]] = {"step": [], "loss": [], "size": []}
-    if optimizer == "agd":
+    if OPTIMIZERS[optimizer].geometry:
         train |= {"eta_min": [], "eta_max": []}
     validation: dict[str, list[float]] = {"step": [], "loss": [], "accuracy": []}
     seconds, step, diverged = [], 0, False

@@ -99,7 +99,10 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Builds the optimiser of a config."""
     import agd_jax
 
-    return agd_jax.agd(geometry=_geometry(config), gain=config.gain)
+    geometry = _geometry(config)
+    if config.arch != "vit":
+        geometry = geometry.with_depth(None)  # The paper's networks, as in the paper.
+    return agd_jax.agd(geometry=geometry, gain=config.gain)
 
 
 @functools.lru_cache(1)

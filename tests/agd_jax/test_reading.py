@@ -111,8 +111,8 @@ X = zeros(4, D)
             (D,),
             ("offset", 1, D, 1, 1, D**0.5),
         ),
-        (lambda p, x: x * p, (D,), ("scale", 1, D, 1, 1, 1)),
-        (lambda p, x: x * (1 + p), (D,), ("scale", 1, D, 1, 1, 1)),
+        (lambda p, x: x * p, (D,), ("scale", 1, D, 1, 1, D**0.5)),
+        (lambda p, x: x * (1 + p), (D,), ("scale", 1, D, 1, 1, D**0.5)),
         (lambda p, x: x / p, (), ("scale", 1, 1, 1, 1, 1)),
         (lambda p, x: p[x[0].astype(int)], (9, D), ("lookup", 1, D, 1, 1, D**0.5)),
         (lambda p, x: p[x[0, 0].astype(int)], (9, D), ("lookup", 1, D, 1, 1, D**0.5)),
@@ -235,7 +235,7 @@ def test_a_transformer_in_linen_with_a_scan_over_layers_and_a_tied_embedding():
     for name in ("query", "key", "value", "out"):
         assert found[f"{attention}{name}.kernel"] == ("matrix", D, D, 1, 3, 1)
         assert found[f"{attention}{name}.bias"] == pytest.approx(("offset", 1, D, 1, 3, D**0.5))
-    assert found[layer + "LayerNorm_0.scale"] == ("scale", 1, D, 1, 3, 1)
+    assert found[layer + "LayerNorm_0.scale"] == pytest.approx(("scale", 1, D, 1, 3, D**0.5))
     assert found[layer + "Dense_1.kernel"] == pytest.approx(("matrix", D, 2 * D, 1, 3, 2**0.5))
 
 
@@ -308,3 +308,52 @@ def test_layers_take_the_steps_they_would_take_listed():
         steps.append((jnp.stack(jax.tree.leaves(updates)).reshape(w.shape), state.eta))
     np.testing.assert_allclose(*(updates for updates, _ in steps), rtol=1e-4)
     np.testing.assert_allclose(*(eta for _, eta in steps), rtol=1e-6)
+
+
+def block(x, w):
+    return x + jnp.tanh(x @ w)
+
+
+@pytest.mark.parametrize(
+    ("apply", "shape", "depth"),
+    [
+        # A chain is as deep as it has layers, scanned over or listed; norms and biases are none.
+        (lambda p, x: x @ p[0] @ p[1] @ p[2], (3, D, D), 3),
+        (lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p)[0], (5, D, D), 5),
+        (lambda p, x: jax.nn.standardize(x) * p + p, (D,), 0),
+        # A sum has the mean depth of its terms: of 0 and 1, of 0, 1 and 1.5, and so on.
+        (lambda p, x: block(x, p[0]), (1, D, D), 0.5),
+        (lambda p, x: block(block(x, p[0]), p[1]), (2, D, D), 0.5 * (0.5 + 1.5) - 1 / 6),
+        (lambda p, x: jax.lax.scan(lambda x, w: (block(x, w), None), x, p)[0], (2, D, D), 5 / 6),
+        # A recurrence uses the same layer again.
+        (
+            lambda p, x: jax.lax.scan(lambda h, x: (jnp.tanh(h @ p + x), None), x[0], x)[0],
+            (D, D),
+            1,
+        ),
+        # The deeper of two branches that are joined, not added.
+        (lambda p, x: jnp.concatenate([x, x @ p[0] @ p[1]], axis=1), (2, D, D), 2),
+    ],
+)
+def test_effective_depth(apply, shape, depth):
+    found = agd_jax.reading.read(lambda p, x: apply(p["p"], x), {"p": zeros(*shape)}, X)
+    assert found.depth == pytest.approx(depth)
+
+
+@pytest.mark.parametrize("depth", ["effective", None])
+def test_the_step_is_shared_out_by_the_effective_depth(depth):
+    apply = lambda p, x: block(block(x, p[0]), p[1])
+    params = list(jax.random.normal(jax.random.key(0), (2, D, D)))
+    x = jax.random.normal(jax.random.key(1), (4, D))
+    geometry = agd_jax.geometry_of(apply, params, x)
+    if depth is None:
+        geometry = geometry.with_depth(None)
+    share = 5 / 6 if depth else 2
+    grads = jax.grad(lambda p: jnp.sum(apply(p, x) ** 2))(params)
+    tx = agd_jax.agd(geometry=geometry)
+    updates, state = tx.update(grads, tx.init(params), params)
+    total = sum(np.linalg.norm(g) for g in grads)
+    assert state.gradient_summary == pytest.approx(total / max(share, 1), rel=1e-5)
+    for update in updates:
+        expected = state.eta / max(share, 1)
+        assert np.linalg.norm(update) == pytest.approx(expected, rel=1e-5)
