@@ -213,20 +213,22 @@ class Geometry:
     """How each parameter of a network is used, and how deep it is. ``print`` shows it as a table.
 
     Attributes:
-      layouts: how each parameter is seen, by its path.
+      layouts: how each parameter is seen, by its path, in the order of the tree.
+      structure: the structure of the tree of parameters.
       depth: the effective depth: how many layers are in series, where the depth of a sum is the
         mean over its terms (see :class:`agd_jax.reading.Data`). Of a chain of layers it is their
         number. If it is None, the number of tensors counts, as in the paper.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout], depth: float | None = None):
+    def __init__(self, layouts: Mapping[str, Layout], structure: Any, depth: float | None = None):
         """Keeps them."""
         self.layouts = dict(layouts)
+        self.structure = structure
         self.depth = depth
 
     def with_depth(self, depth: float | None) -> Geometry:
         """Returns the geometry with another depth; with None, the number of tensors counts."""
-        return Geometry(self.layouts, depth)
+        return Geometry(self.layouts, self.structure, depth)
 
     def layout(self, path: str, leaf: Any) -> Layout:
         """Returns the layout of a parameter.
@@ -242,11 +244,12 @@ class Geometry:
             )
         return found
 
-    def muon_dimension_numbers(self, params: Any) -> Any:
+    def muon_dimension_numbers(self, params: Any = None) -> Any:
         """Returns what ``optax.contrib.muon`` takes as ``muon_weight_dimension_numbers``.
 
         Args:
-          params: the tree of parameters.
+          params: the tree of parameters, or a part of it; by default all of them. So Muon may be
+            given this method itself, which it has to be for Equinox, whose trees it would call.
 
         Returns:
           A tree of the same structure: for matrices and convolutions, with their taps among the
@@ -254,6 +257,8 @@ class Geometry:
           axes, as grouped convolutions, None, which Muon leaves to Adam. Muon's users leave the
           last layer to Adam too: that is for you to say.
         """
+        if params is None:
+            return jax.tree.unflatten(self.structure, map(_muon, self.layouts.values()))
         return jax.tree.map(_muon, layouts_of(params, self))
 
     def __str__(self) -> str:
@@ -370,7 +375,7 @@ def geometry_of(
             f"{'; '.join(lost)}",
             stacklevel=2,
         )
-    return Geometry(layouts, max(found.depth, 1.0))
+    return Geometry(layouts, jax.tree.structure(params), max(found.depth, 1.0))
 
 
 def _given(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> Layout:

@@ -246,7 +246,8 @@ def test_the_table_and_muons_numbers():
     heading, first, *_ = str(geometry).splitlines()
     assert " ".join(heading.split()) == "path shape kind inputs outputs taps layers scale"
     assert " ".join(first.split()) == "params.Embed_0.embedding (17, 8) matrix 8 17 1 1 1.458"
-    numbers = geometry.muon_dimension_numbers(params)["params"]
+    numbers = geometry.muon_dimension_numbers()["params"]
+    assert geometry.muon_dimension_numbers(params)["params"] == numbers
     assert numbers["Embed_0"]["embedding"] == MuonDimensionNumbers((1,), (0,))
     attention = numbers["ScanLayer_0"]["MultiHeadDotProductAttention_0"]
     assert attention["query"]["kernel"] == MuonDimensionNumbers((1,), (2, 3))

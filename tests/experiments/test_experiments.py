@@ -147,7 +147,7 @@ def test_every_optimiser_learns(optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", [t for t in tasks.TASKS if t not in ("resnet18", "vgg16")])
 def test_every_task_is_learnt(task):
     task = tasks.create(task, "smoke")
     run = runner.run(task, runner.compile_programs(task, "adamw"), "adamw", 3e-3, 0)
