@@ -24,6 +24,15 @@ block is:
 What a program goes over one by one, as the layers of a scan or experts, are as many tensors as
 there are layers, not one. Compare *Old Optimizer, New Norm*, https://arxiv.org/abs/2409.20325, and
 *Scalable Optimization in the Modular Norm*, https://arxiv.org/abs/2405.14813.
+
+**Effective depth.** A relative change :math:`\delta_k` of each parameter changes the results of the
+network, to first order, by at most :math:`\sum_k a_k \delta_k` of their size. The influence
+:math:`a_k` is one for parameters in series. Of a sum of :math:`n` terms, which are taken to be of
+one size, each passes on its :math:`n`-th part, so that the layers beside a long residual stream
+have little influence each. The effective depth is :math:`D = \sum_k a_k`, and equals the number
+:math:`L` of tensors where nothing is summed. Steps of :math:`\delta_k = \eta / D` change the
+results by :math:`\eta`, as the paper's :math:`\eta / L` do in a chain, and the bound that chooses
+:math:`\eta` holds with :math:`D` in place of :math:`L`.
 """
 
 from __future__ import annotations
@@ -215,9 +224,8 @@ class Geometry:
     Attributes:
       layouts: how each parameter is seen, by its path, in the order of the tree.
       structure: the structure of the tree of parameters.
-      depth: the effective depth: how many layers are in series, where the depth of a sum is the
-        mean over its terms (see :class:`agd_jax.reading.Data`). Of a chain of layers it is their
-        number. If it is None, the number of tensors counts, as in the paper.
+      depth: the effective depth, as above. If it is None, the number of tensors counts, as in the
+        paper.
     """
 
     def __init__(self, layouts: Mapping[str, Layout], structure: Any, depth: float | None = None):
@@ -334,7 +342,7 @@ def geometry_of(
     bias    (64,)      offset       1       64     1       1       8
     hidden  (784, 64)  matrix     784       64     1       1  0.2857
     out     (10, 64)   matrix      64       10     1       1  0.3953
-    effective depth 2
+    effective depth 3
 
     Args:
       apply: the network, as ``apply(params, *example_inputs)``. It is traced, and nothing is

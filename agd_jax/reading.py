@@ -3,14 +3,14 @@
 A traced program says which axes of a parameter it contracts, which become outputs and which it goes
 over one by one, whatever the framework and whatever the parameters are called. The walk follows
 each parameter through transposes, reshapes, casts and calls to the operations that use it on data,
-and counts layers on the way of the data: see :class:`Data`.
+and adds up their influence on the way of the data: see :class:`Data`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -83,15 +83,19 @@ class Data(NamedTuple):
     """A value that depends on the inputs.
 
     Attributes:
-      depth: how many layers are in series before it. A matrix or a convolution adds one layer, an
-        embedding is the first. The depth of a sum is the mean over all of its terms, so that a
-        branch that is added to a residual stream of many counts for one of many.
-      terms: of how many it is the sum.
+      influence: by the number of each parameter that it depends on: by how much of its size the
+        value changes, to first order, where the parameter changes by all of its own. That is one
+        for each use in series. Of a sum it is the mean over all of its terms, as if they were of
+        one size: what is added to a residual stream of many counts for one of many. Where other
+        operations join several values, it is the largest.
+      terms: of how many the value is the sum.
     """
 
-    depth: float
+    influence: Mapping[int, float]
     terms: int
 
+
+INPUT = Data({}, 1)
 
 # What is known of a value: that it is one or more parameters; that it is data; or None, if it is a
 # constant or depends on parameters alone, but is none of them.
@@ -108,19 +112,25 @@ def data_of(values: Iterable[Value]) -> list[Data]:
     return [value for value in values if isinstance(value, Data)]
 
 
-def through(values: Iterable[Value], layers: int = 0) -> Data:
-    """Returns what comes of an operation: as deep as the deepest of its operands, and more."""
-    data = data_of(values)
-    depth = max((one.depth for one in data), default=0.0)
-    terms = 1 if layers else max((one.terms for one in data), default=1)
-    return Data(depth + layers, terms)
+def through(values: Iterable[Value], parameters: Iterable[int] = ()) -> Data:
+    """Returns what comes of an operation on values, and on parameters with these numbers."""
+    data = data_of(values) or [INPUT]
+    influence = dict(data[0].influence)
+    for one in data[1:]:
+        influence |= {k: max(a, influence.get(k, 0.0)) for k, a in one.influence.items()}
+    for parameter in parameters:
+        influence[parameter] = influence.get(parameter, 0.0) + 1.0
+    return Data(influence, max(one.terms for one in data))
 
 
-def sum_of(values: Iterable[Value]) -> Data:
-    """Returns the sum of data: the mean depth of all terms."""
-    data = data_of(values)
+def sum_of(data: Sequence[Data]) -> Data:
+    """Returns the sum of data."""
     terms = sum(one.terms for one in data)
-    return Data(sum(one.depth * one.terms for one in data) / terms, terms)
+    influence: dict[int, float] = {}
+    for one in data:
+        for parameter, its in one.influence.items():
+            influence[parameter] = influence.get(parameter, 0.0) + its * one.terms / terms
+    return Data(influence, terms)
 
 
 # Operations whose result is their first operand, perhaps with other entries.
@@ -138,7 +148,7 @@ class Reading(NamedTuple):
     Attributes:
       uses: for each parameter, how often it is used in which way.
       stopped: for each parameter, the operations at which it could not be followed.
-      depth: the effective depth of the program, that of its deepest result.
+      depth: the effective depth of the program: the influence of all parameters on its results.
     """
 
     uses: list[Counter[Use]]
@@ -172,11 +182,11 @@ def read(apply: Callable[..., Any], params: Any, *inputs: Any) -> Reading:
         (Tracked(index, tuple(_axis(axis, size) for axis, size in enumerate(shape))),)
         for index, shape in enumerate(shapes)
     ]
-    values += [Data(0.0, 1)] * (len(closed.jaxpr.invars) - len(shapes))
+    values += [INPUT] * (len(closed.jaxpr.invars) - len(shapes))
     results = _walk(closed.jaxpr, values, reading)
     for value in results:
         reading.stop(value, "the result")
-    return reading._replace(depth=through(results).depth)
+    return reading._replace(depth=sum(through(results).influence.values()))
 
 
 def _axis(axis: int, size: int) -> Axis:
@@ -259,7 +269,7 @@ def _loop(
             # that is learned.
             for tracked in value:
                 reading.uses[tracked.parameter][_everything(tracked, "offset")] += 1
-            carry[i] = Data(0.0, 1)
+            carry[i] = INPUT
 
     def once(carry: list[Value], reading: Reading) -> list[Value]:
         return _walk(body, [*operands[:constants], *carry, *slices], reading)
@@ -303,10 +313,10 @@ def _apply(equation: Any, operands: list[Value], reading: Reading) -> Value:
     alone, first = len(holders) == 1, holders[0]
     tracked = [one for i in holders for one in operands[i] or () if isinstance(one, Tracked)]
 
-    def used(use: Callable[[Tracked], Use], layers: int = 0) -> Value:
+    def used(use: Callable[[Tracked], Use]) -> Data:
         for one in tracked:
             reading.uses[one.parameter][use(one)] += 1
-        return through(operands, layers)
+        return through(operands, {one.parameter for one in tracked})._replace(terms=1)
 
     def moved(move: Callable[[Tracked], Tracked | None]) -> Value:
         results = [result for one in tracked if (result := move(one)) is not None]
@@ -337,23 +347,21 @@ def _apply(equation: Any, operands: list[Value], reading: Reading) -> Value:
     if name == "dynamic_slice" and first == 0:
         pairs = enumerate(zip(shape, params["slice_sizes"], strict=True))
         rows = [i for i, (whole, part) in pairs if whole != part]
-        used(lambda one: _lookup(one, rows, []))
-        return Data(max(through(operands).depth, 1.0), 1)
+        return used(lambda one: _lookup(one, rows, []))
     if name == "gather" and first == 0 and alone:
         numbers = params["dimension_numbers"]
         rows, batch = numbers.start_index_map, numbers.operand_batching_dims
-        used(lambda one: _lookup(one, rows, batch))
-        # What is looked up at constants, as positions, is a parameter that is added and no layer.
-        return Data(max(through(operands).depth, 1.0), 1) if mixed else None
+        return used(lambda one: _lookup(one, rows, batch))
     if name == "dot_general" and alone:
-        return used(lambda one: _product(one, params["dimension_numbers"], first), layers=1)
+        return used(lambda one: _product(one, params["dimension_numbers"], first))
     if name == "conv_general_dilated" and alone and first == 1:
-        return used(lambda one: _convolution(one, params), layers=1)
+        return used(lambda one: _convolution(one, params))
     if name in _SUMS and mixed:
-        return used(lambda one: _everything(one, "offset"))
+        # It is none of the terms, as it starts at zero.
+        terms = through(operands).terms
+        return used(lambda one: _everything(one, "offset"))._replace(terms=terms)
     if name in _PRODUCTS and alone and mixed and (name == "mul" or first == 1):
-        used(lambda one: _everything(one, "scale"))
-        return through(operands)._replace(terms=1)
+        return used(lambda one: _everything(one, "scale"))
     # A sum of parameters is each of them. Times a constant, a parameter remains what it is.
     if not mixed and (
         name in _SUMS or (name in _PRODUCTS and alone and first == 0) or (name == "mul" and alone)

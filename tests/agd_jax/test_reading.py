@@ -318,10 +318,10 @@ def block(x, w):
 @pytest.mark.parametrize(
     ("apply", "shape", "depth"),
     [
-        # A chain is as deep as it has layers, scanned over or listed; norms and biases are none.
+        # A chain is as deep as it has tensors, scanned over or listed.
         (lambda p, x: x @ p[0] @ p[1] @ p[2], (3, D, D), 3),
         (lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p)[0], (5, D, D), 5),
-        (lambda p, x: jax.nn.standardize(x) * p + p, (D,), 0),
+        (lambda p, x: jax.nn.standardize(x @ p[0] + p[1, 0]) * p[2, 0], (3, D, D), 3),
         # A sum has the mean depth of its terms: of 0 and 1, of 0, 1 and 1.5, and so on.
         (lambda p, x: block(x, p[0]), (1, D, D), 0.5),
         (lambda p, x: block(block(x, p[0]), p[1]), (2, D, D), 0.5 * (0.5 + 1.5) - 1 / 6),
@@ -332,8 +332,12 @@ def block(x, w):
             (D, D),
             1,
         ),
-        # The deeper of two branches that are joined, not added.
+        # Of branches that are joined, not added, all count.
         (lambda p, x: jnp.concatenate([x, x @ p[0] @ p[1]], axis=1), (2, D, D), 2),
+        # What both terms of a sum depend on counts once; an offset is no term, a table is.
+        (lambda p, x: (lambda h: h + jnp.tanh(h @ p[1]))(x @ p[0]), (2, D, D), 1.5),
+        (lambda p, x: block(x + p[0, 0], p[1]), (2, D, D), 1.5),
+        (lambda p, x: x @ p[0] + p[1][jnp.arange(4)], (2, D, D), 1),
     ],
 )
 def test_effective_depth(apply, shape, depth):
