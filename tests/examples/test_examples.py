@@ -18,4 +18,4 @@ def test_an_example_learns_in_under_sixty_lines(path):
     last = run.stdout.splitlines()[-1]
     accuracy = float(re.search(r"test ([\d.]+)%$", last)[1])
     assert accuracy >= 95
-    assert float(re.search(r"loss ([\d.]+)", last)[1]) < 0.1
+    assert float(re.search(r"loss ([\d.]+)", last)[1]) < 0.3
