@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ class Optimizer(NamedTuple):
         number of steps of the run; that of AGD is given a ``geometry`` too.
       settings: its other arguments, as JSON values: part of the key of each run.
       rates: the learning rates that are tried, rising; one for what needs none.
-      geometry: whether it knows how parameters are used, and starts from
-        :func:`agd_jax.orthogonal_init`, not from Flax's weights.
+      geometry: whether it is told how parameters are used.
+      orthogonal: whether it starts from :func:`agd_jax.orthogonal_init`, not from Flax's weights.
       averages: whether ``contrib.schedule_free_eval_params`` gives what is evaluated.
     """
 
@@ -32,6 +32,7 @@ class Optimizer(NamedTuple):
     settings: Mapping[str, Any] = {}
     rates: tuple[float, ...] = (1.0,)
     geometry: bool = False
+    orthogonal: bool = False
     averages: bool = False
 
     def create(
@@ -109,16 +110,33 @@ def schedule_free_muon(
     return contrib.schedule_free(muon(own_rate, **settings), own_rate, b1=b1)
 
 
+def agd(
+    revision: int,
+    geometry: agd_jax.Geometry,
+    depth: Literal["effective", "tensors"] = "effective",
+    start: str = "orthogonal",
+) -> Any:
+    """Returns AGD, whose step is shared out by the effective depth or the number of tensors.
+
+    Args:
+      revision: a higher one has its runs taken again: when AGD takes other steps than before.
+      geometry: how parameters are used.
+      depth: what the step is shared out by.
+      start: what it starts from, for the key of a run alone.
+    """
+    return agd_jax.agd(geometry=geometry if depth == "effective" else geometry.with_depth(None))
+
+
 ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
 MUON = (3e-3, 1e-2, 3e-2, 1e-1)
 
 OPTIMIZERS = {
-    # A higher revision has its runs taken again: when agd() takes other steps than before.
-    "agd": Optimizer(
-        without_rate(lambda revision, geometry: agd_jax.agd(geometry=geometry)),
-        {"revision": 1},
-        geometry=True,
+    "agd": Optimizer(without_rate(agd), {"revision": 1}, geometry=True, orthogonal=True),
+    # The paper's share of each layer, whatever the network.
+    "agd_tensors": Optimizer(
+        without_rate(agd), {"revision": 1, "depth": "tensors"}, geometry=True, orthogonal=True
     ),
+    "agd_own_start": Optimizer(without_rate(agd), {"revision": 1, "start": "flax"}, geometry=True),
     "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "adam": Optimizer(constant(optax.adam), rates=ADAM),
     "adamw": Optimizer(constant(optax.adamw), {"weight_decay": 1e-4}, ADAM),

@@ -99,7 +99,7 @@ def compile_programs(task: Task, optimizer: str) -> Programs:
     def init(key: jax.Array, rate: jax.Array) -> State:
         start, orthogonal = jax.random.split(key)
         _, params, batch_stats = split(task.network(nnx.Rngs(start)))
-        if entry.geometry:
+        if entry.orthogonal:
             params = agd_jax.orthogonal_init(orthogonal, params, geometry)
         tx = entry.create(rate, task.steps, geometry)
         return State(params, batch_stats, tx.init(params))

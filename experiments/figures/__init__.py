@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from experiments.figures.agd import Choices, Extremes
 from experiments.figures.paper import Batches, Breadth, Deep, Rates, Sizes, Tuned
 from experiments.figures.runs import Need, Run
 from experiments.figures.yardstick import Published, Yardstick
@@ -45,4 +46,6 @@ FIGURES: dict[str, Figure] = {
     "batches": Batches(),
     "gpt": Published(),
     "yardstick": Yardstick(),
+    "choices": Choices(),
+    "extremes": Extremes(),
 }

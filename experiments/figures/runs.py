@@ -24,6 +24,8 @@ LONGEST_GRID = 9
 # The same colour for the same optimiser in every figure.
 COLOURS = {
     "agd": "#d62728",
+    "agd_tensors": "#67000d",
+    "agd_own_start": "#fc9272",
     "sgd": "#7f7f7f",
     "adam": "#17becf",
     "adamw": "#aec7e8",

@@ -81,14 +81,16 @@ def as_gpt2(model: GPT, rngs: nnx.Rngs) -> GPT:
 def gpt(
     budget: Budget,
     *,
-    depth: int = 4,
-    width: int = 128,
+    depth: int | None = None,
+    width: int | None = None,
     length: int = 64,
     batch_size: int = 12,
     steps: int | None = None,
     start: Literal["flax", "gpt2"] = "flax",
 ) -> Task:
-    """A small language model on characters, as nanoGPT trains one on a laptop."""
+    """A small language model on characters, of the size that nanoGPT trains on a laptop."""
+    usual = (1, 32) if budget == "smoke" else (4, 128)
+    depth, width = depth or usual[0], width or usual[1]
 
     def network(rngs: nnx.Rngs) -> GPT:
         model = GPT(len(set(read(budget))), length, depth=depth, width=width, rngs=rngs)

@@ -293,7 +293,7 @@ def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
     assert len(taken) == 2 * 2 * 3
 
 
-@pytest.mark.parametrize("figure", ["sizes", "deep"])
+@pytest.mark.parametrize("figure", ["sizes", "deep", "extremes"])
 def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Sizes, "depths", (2, 3))
     main(Run(figure, "smoke", tmp_path))
@@ -332,12 +332,13 @@ def test_gpt_does_not_look_ahead():
 
 
 def test_the_weights_of_gpt2_are_small():
-    model = tasks.create("gpt", "smoke", start="gpt2").network(nnx.Rngs(0))
+    size = {"depth": 4, "width": 128}
+    model = tasks.create("gpt", "smoke", start="gpt2", **size).network(nnx.Rngs(0))
     deviation = lambda layer: float(jnp.std(layer.kernel[...]))
     assert deviation(model.blocks[0].query) == pytest.approx(0.02, rel=0.05)
     assert deviation(model.blocks[0].down) == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
     assert deviation(model.head) == pytest.approx(0.02, rel=0.05)
-    model = tasks.create("gpt", "smoke").network(nnx.Rngs(0))
+    model = tasks.create("gpt", "smoke", **size).network(nnx.Rngs(0))
     assert deviation(model.blocks[0].query) == pytest.approx(128**-0.5, rel=0.05)
 
 

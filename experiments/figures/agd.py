@@ -1,0 +1,115 @@
+"""What AGD's own choices are worth, and how deep and how wide it goes."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+from experiments import tasks
+from experiments.figures.runs import (
+    Need,
+    Run,
+    curve,
+    final,
+    legend,
+    picture,
+    row,
+    table,
+    there,
+)
+from experiments.tasks import Budget, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure as Picture
+
+
+class Choices:
+    """AGD by effective depth and by the number of tensors, from orthogonal and from own weights."""
+
+    published = (
+        "The step is shared out by the number of tensors, and starts from orthogonal weights "
+        "(the paper, for networks without residual streams, norms and biases)."
+    )
+    optimizers = ("agd", "agd_tensors", "agd_own_start")
+
+    def tasks(self, budget: Budget) -> list[Task]:
+        """Returns the five tasks of the yardstick."""
+        return [tasks.create(name, budget) for name in ("fcn", "mlp", "cnn", "vit", "gpt")]
+
+    def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
+        """Returns a run of each choice on each task."""
+        return [Need(task, name) for task in self.tasks(budget) for name in self.optimizers]
+
+    def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
+        """Returns a row for each run, and the geometric means of the ratios to AGD's loss."""
+        found = there(self.needs(budget, runs), runs)
+        rows = [row([r], task=r["key"]["task"], choice=r["key"]["optimizer"]) for r in found]
+        means = []
+        for name in self.optimizers:
+            pairs = [
+                there([Need(task, "agd"), Need(task, name)], runs) for task in self.tasks(budget)
+            ]
+            if all(len(pair) == 2 for pair in pairs):
+                ratios = (final(its) / final(agd) for agd, its in pairs)
+                mean = f"{statistics.geometric_mean(ratios):.3f}"
+                means.append({"choice": name, "validation loss, of agd's": mean})
+        return [table(rows), table(means)]
+
+    def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
+        """Draws the validation losses, a panel for each task."""
+        its = self.tasks(budget)
+        canvas, panels = picture(len(its))
+        for task, axes in zip(its, panels, strict=True):
+            for name in self.optimizers:
+                curve(axes, there([Need(task, name)], runs), "validation", "loss")
+            axes.set(title=task.name, xlabel="step", ylabel="validation loss")
+        legend(canvas)
+        return canvas
+
+
+class Extremes:
+    """Very deep and very wide networks from the first step: AGD, and AdamW at 0.001."""
+
+    published = "Nothing: this is our own comparison."
+
+    def tasks(self, budget: Budget) -> dict[str, Task]:
+        """Returns the networks by what is said of them."""
+        if budget == "smoke":
+            return {"deep": tasks.create("fcn", budget, depth=8, width=16, steps=4)}
+        steps = 300 if budget == "cpu" else 3000
+        return {
+            "fcn, 64 layers": tasks.create("fcn", budget, depth=64, width=256, steps=4 * steps),
+            "fcn, 4096 wide": tasks.create("fcn", budget, depth=4, width=4096, steps=steps),
+            "gpt, 64 blocks": tasks.create("gpt", budget, depth=64, width=64, steps=steps),
+        }
+
+    def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
+        """Returns a run of each of the two on each network."""
+        return [
+            need
+            for task in self.tasks(budget).values()
+            for need in (Need(task, "agd"), Need(task, "adamw", 1e-3))
+        ]
+
+    def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
+        """Returns a row for each run."""
+        return [
+            table(
+                row([run], network=name, optimiser=run["key"]["optimizer"])
+                for name, task in self.tasks(budget).items()
+                for run in there([n for n in self.needs(budget, runs) if n.task is task], runs)
+            )
+        ]
+
+    def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
+        """Draws the training losses, a panel for each network."""
+        named = self.tasks(budget)
+        canvas, panels = picture(len(named))
+        for (name, task), axes in zip(named.items(), panels, strict=True):
+            for need in self.needs(budget, runs):
+                if need.task is task:
+                    curve(axes, there([need], runs), "train", "loss")
+            axes.set(title=name, xlabel="step", ylabel="training loss", yscale="log")
+        legend(canvas)
+        return canvas
