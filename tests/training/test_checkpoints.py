@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import models
 from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
@@ -338,7 +340,8 @@ def test_evaluation_finds_what_training_found(copied, trained):
 
 
 @pytest.mark.slow
-def test_evaluation_of_what_has_running_averages(tmp_path):
+def test_evaluation_of_what_has_running_averages(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "create", functools.partial(models.create, width=8))
     fields = {"arch": "resnet18", "dataset": "synthetic_imagenet", "image_size": 16}
     fields |= {"train_bs": 2, "test_bs": 2, "epochs": 1, "platform": "cpu"}
     config = TrainConfig(workdir=tmp_path, **fields).resolved()

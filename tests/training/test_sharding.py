@@ -37,9 +37,9 @@ def five_steps(*arguments):
     [
         ("fcn", "f64", MESHES[:1]),
         pytest.param("fcn", "f64", MESHES, marks=pytest.mark.slow),
-        pytest.param("fcn", "f32", MESHES, marks=pytest.mark.slow),
-        pytest.param("resnet18", "f64", MESHES, marks=pytest.mark.slow),
-        pytest.param("vit", "f64", MESHES, marks=pytest.mark.slow),
+        pytest.param("fcn", "f32", MESHES[:2], marks=pytest.mark.slow),
+        pytest.param("resnet18", "f64", MESHES[:2], marks=pytest.mark.slow),
+        pytest.param("vit", "f64", MESHES[:2], marks=pytest.mark.slow),
     ],
 )
 def test_training_is_the_same_on_every_mesh(arch, precision, meshes):
