@@ -131,6 +131,8 @@ def row(found: Sequence[Run], **fields: Any) -> dict[str, Any]:
 
 def spread(values: Sequence[float], form: str = ".4f") -> str:
     """Returns the mean, and the range if there are several."""
+    if max(values) > 1e6:
+        form = ".1e"
     mean = f"{statistics.fmean(values):{form}}"
     if len(values) == 1:
         return mean
