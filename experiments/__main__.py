@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tyro.conf import Positional
 
 from experiments.tasks import Budget
-from input_pipeline.command_line import complain
+from input_pipeline.command_line import complain, parse, say
 from input_pipeline.errors import DataError
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +59,7 @@ def main(command: Show | List) -> None:
 
     if isinstance(command, List):
         for name, figure in FIGURES.items():
-            print(f"{name}: {(type(figure).__doc__ or '').splitlines()[0]}")
+            say(f"{name}: {(type(figure).__doc__ or '').splitlines()[0]}")
         return
     if command.figure not in FIGURES:
         raise DataError(f"{command.figure}: unknown; choose from {', '.join(FIGURES)}")
@@ -127,17 +127,18 @@ def show(command: Show) -> None:
         for table in figure.tables(command.budget, runs)
     ]
     text = "\n\n".join([*tables, f"Published: {figure.published}"])
-    print(text)
+    say(text)
     file = command.results / f"{command.figure}-{command.budget}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".md").write_text(f"{text}\n")
     figure.draw(command.budget, runs).savefig(file.with_suffix(".png"), dpi=110)
-    print(f"{file}.md, {file}.png")
+    say(f"{file}.md, {file}.png")
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Command, prog="python -m experiments", use_underscores=True))
+        # A union of classes is no type[T] to mypy (PEP 747).
+        main(parse(Command, "python -m experiments"))  # type: ignore[arg-type]
     except DataError as error:
         complain(f"error: {error}")
         sys.exit(2)

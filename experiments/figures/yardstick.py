@@ -131,6 +131,8 @@ class Yardstick:
                         fields["steps to target"] += f", {len(steps)} of {len(found)} runs"
                     fields["seconds to target"] = f"{mean * per_step:.1f}"
                 rows.append(fields)
+                if math.isnan(target):
+                    continue
                 ratio: dict[str, Any] = {"task": task.name, "optimiser": optimizer}
                 ratio["loss"] = statistics.fmean(map(final, found)) / target
                 if len(steps) == len(found):

@@ -231,6 +231,14 @@ def test_the_yardstick_counts_steps_to_the_reference(monkeypatch):
     assert by_name["prodigy"]["target reached on"] == 0
 
 
+def test_the_yardstick_leaves_out_what_the_reference_has_not_run():
+    task = tasks.create("fcn", "smoke")
+    need = Need(task, "agd")
+    rows, means = Yardstick().tables("smoke", {need.name: fake(need, [3, 2, 1])})
+    assert list(rows["validation loss"]) == ["1.0000"]
+    assert set(means["tasks"]) == {0}
+
+
 @pytest.fixture
 def few(monkeypatch):
     """A yardstick of two tasks and two optimisers, each with one rate."""
