@@ -26,7 +26,7 @@ there are layers, not one. Compare *Old Optimizer, New Norm*, https://arxiv.org/
 *Scalable Optimization in the Modular Norm*, https://arxiv.org/abs/2405.14813.
 
 **Effective depth.** A relative change :math:`\delta_k` of each parameter changes the results of the
-network, to first order, by at most :math:`\sum_k a_k \delta_k` of their size. The influence
+network, to first order, by about :math:`\sum_k a_k \delta_k` of their size. The influence
 :math:`a_k` is one for parameters in series. Of a sum of :math:`n` terms, which are taken to be of
 one size, each passes on its :math:`n`-th part, so that the layers beside a long residual stream
 have little influence each. The effective depth is :math:`D = \sum_k a_k`, and equals the number
