@@ -9,10 +9,9 @@ from experiments import tasks
 from experiments.figures.runs import (
     Need,
     Run,
-    curve,
     final,
-    legend,
-    picture,
+    five_tasks,
+    losses_of_tasks,
     row,
     table,
     there,
@@ -33,13 +32,9 @@ class Choices:
     )
     optimizers = ("agd", "agd_tensors", "agd_own_start")
 
-    def tasks(self, budget: Budget) -> list[Task]:
-        """Returns the five tasks of the yardstick."""
-        return [tasks.create(name, budget) for name in ("fcn", "mlp", "cnn", "vit", "gpt")]
-
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns a run of each choice on each task."""
-        return [Need(task, name) for task in self.tasks(budget) for name in self.optimizers]
+        return [Need(task, name) for task in five_tasks(budget) for name in self.optimizers]
 
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
         """Returns a row for each run, and the geometric means of the ratios to AGD's loss."""
@@ -48,7 +43,7 @@ class Choices:
         means = []
         for name in self.optimizers:
             pairs = [
-                there([Need(task, "agd"), Need(task, name)], runs) for task in self.tasks(budget)
+                there([Need(task, "agd"), Need(task, name)], runs) for task in five_tasks(budget)
             ]
             if all(len(pair) == 2 for pair in pairs):
                 ratios = (final(its) / final(agd) for agd, its in pairs)
@@ -58,14 +53,12 @@ class Choices:
 
     def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
         """Draws the validation losses, a panel for each task."""
-        its = self.tasks(budget)
-        canvas, panels = picture(len(its))
-        for task, axes in zip(its, panels, strict=True):
-            for name in self.optimizers:
-                curve(axes, there([Need(task, name)], runs), "validation", "loss")
-            axes.set(title=task.name, xlabel="step", ylabel="validation loss")
-        legend(canvas)
-        return canvas
+
+        def found(task: Task) -> list[list[Run]]:
+            return [there([Need(task, name)], runs) for name in self.optimizers]
+
+        its = {task.name: task for task in five_tasks(budget)}
+        return losses_of_tasks(its, found, "validation")[0]
 
 
 class Extremes:
@@ -84,13 +77,13 @@ class Extremes:
             "gpt, 64 blocks": tasks.create("gpt", budget, depth=64, width=64, steps=steps),
         }
 
+    def of_task(self, task: Task) -> list[Need]:
+        """Returns a run of each of the two on a network."""
+        return [Need(task, "agd"), Need(task, "adamw", 1e-3)]
+
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns a run of each of the two on each network."""
-        return [
-            need
-            for task in self.tasks(budget).values()
-            for need in (Need(task, "agd"), Need(task, "adamw", 1e-3))
-        ]
+        return [need for task in self.tasks(budget).values() for need in self.of_task(task)]
 
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
         """Returns a row for each run."""
@@ -98,18 +91,17 @@ class Extremes:
             table(
                 row([run], network=name, optimiser=run["key"]["optimizer"])
                 for name, task in self.tasks(budget).items()
-                for run in there([n for n in self.needs(budget, runs) if n.task is task], runs)
+                for run in there(self.of_task(task), runs)
             )
         ]
 
     def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
         """Draws the training losses, a panel for each network."""
-        named = self.tasks(budget)
-        canvas, panels = picture(len(named))
-        for (name, task), axes in zip(named.items(), panels, strict=True):
-            for need in self.needs(budget, runs):
-                if need.task is task:
-                    curve(axes, there([need], runs), "train", "loss")
-            axes.set(title=name, xlabel="step", ylabel="training loss", yscale="log")
-        legend(canvas)
+
+        def found(task: Task) -> list[list[Run]]:
+            return [there([need], runs) for need in self.of_task(task)]
+
+        canvas, panels = losses_of_tasks(self.tasks(budget), found, "train")
+        for axes in panels:
+            axes.set_yscale("log")
         return canvas

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.optimizers import OPTIMIZERS
 from experiments.runner import key_of
 from experiments.store import name
-from experiments.tasks import Task
+from experiments.tasks import Budget, Task, create
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +38,11 @@ COLOURS = {
     "dowg": "#8c564b",
     "mechanic": "#e377c2",
 }
+
+
+def five_tasks(budget: Budget) -> list[Task]:
+    """Returns the tasks of our own comparisons."""
+    return [create(name, budget) for name in ("fcn", "mlp", "cnn", "vit", "gpt")]
 
 
 class Need(NamedTuple):
@@ -193,6 +198,26 @@ def curve(
     if len(found) > 1:
         low, high = (list(map(part, zip(*columns, strict=True))) for part in (min, max))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def losses_of_tasks(
+    tasks: Mapping[str, Task], found: Callable[[Task], Iterable[Sequence[Run]]], part: str
+) -> tuple[Picture, list[Axes]]:
+    """Draws losses against steps, in a panel for each task.
+
+    Args:
+      tasks: the tasks by their titles.
+      found: the runs of a task, those together that differ by seed.
+      part: ``train`` or ``validation``.
+    """
+    canvas, panels = picture(len(tasks))
+    for (title, task), axes in zip(tasks.items(), panels, strict=True):
+        for runs in found(task):
+            curve(axes, runs, part, "loss")
+        name = "training" if part == "train" else part
+        axes.set(title=title, xlabel="step", ylabel=f"{name} loss")
+    legend(canvas)
+    return canvas, panels
 
 
 def legend(canvas: Picture) -> None:

@@ -15,7 +15,9 @@ from experiments.figures.runs import (
     best_runs,
     curve,
     final,
+    five_tasks,
     legend,
+    losses_of_tasks,
     picture,
     row,
     spread,
@@ -93,7 +95,7 @@ class Yardstick:
 
     def tasks(self, budget: Budget) -> Iterable[Task]:
         """Returns the five tasks."""
-        return [tasks.create(name, budget) for name in ("fcn", "mlp", "cnn", "vit", "gpt")]
+        return five_tasks(budget)
 
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns the grid of each optimiser on each task, and three seeds of the best rate."""
@@ -167,17 +169,17 @@ class Yardstick:
 
     def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
         """Draws the validation losses of all optimisers against steps, a panel for each task."""
-        its = list(self.tasks(budget))
-        canvas, panels = picture(len(its))
-        for task, axes in zip(its, panels, strict=True):
+        its = {task.name: task for task in self.tasks(budget)}
+
+        def found(task: Task) -> list[list[Run]]:
+            return [best_runs(task, name, SEEDS, runs) for name in self.optimizers]
+
+        canvas, panels = losses_of_tasks(its, found, "validation")
+        for task, axes in zip(its.values(), panels, strict=True):
             target = self.target(task, runs)
-            for optimizer in self.optimizers:
-                curve(axes, best_runs(task, optimizer, SEEDS, runs), "validation", "loss")
             if math.isfinite(target):
                 axes.axhline(target, color=COLOURS[self.reference], linewidth=0.8, linestyle=":")
                 axes.set_ylim(0.85 * target, 1.8 * target)
-            axes.set(title=task.name, xlabel="step", ylabel="validation loss")
-        legend(canvas)
         return canvas
 
 
