@@ -9,9 +9,18 @@ Source: Bernstein, Mingard, Huang, Azizan, Yue, *Automatic Gradient Descent: Dee
 without Hyperparameters*, 2023, https://arxiv.org/abs/2304.05187.
 """
 
+from agd_jax.averaging import averaged, averaged_params
 from agd_jax.geometry import Geometry, geometry_of
 from agd_jax.initialization import orthogonal_init
 from agd_jax.optimizer import AgdState, agd
 
-__all__ = ["AgdState", "Geometry", "agd", "geometry_of", "orthogonal_init"]
+__all__ = [
+    "AgdState",
+    "Geometry",
+    "agd",
+    "averaged",
+    "averaged_params",
+    "geometry_of",
+    "orthogonal_init",
+]
 __version__ = "0.1.0"

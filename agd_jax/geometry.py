@@ -47,6 +47,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from agd_jax import reading
@@ -171,6 +172,31 @@ class Layout:
         # Compared with zero, and not `norms > 0`, so that a NaN stays visible.
         factors = jnp.where(norms == 0, 0, self.scale / norms)
         return jnp.multiply(size, factors * self._seen(grad)).reshape(grad.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The inputs and the outputs of each block."""
+        return self.count("inputs"), self.count("outputs")
+
+    def to_matrices(self, array: jax.Array) -> jax.Array:
+        """Returns the blocks of an array as ``(count, d_in, d_out)``."""
+        ordered = jnp.transpose(array.reshape(self.view), self._order)
+        return ordered.reshape(-1, *self.matrix_shape)
+
+    def from_matrices(self, matrices: jax.Array) -> jax.Array:
+        """Returns the array that has such blocks, the inverse of :meth:`to_matrices`."""
+        ordered = matrices.reshape([self.view[axis] for axis in self._order])
+        return jnp.transpose(ordered, tuple(np.argsort(self._order))).reshape(self.shape)
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return (*self.layers, *self.blocks, *self.taps, *self.inputs, *self.outputs)
+
+    def where_present(self, grad: jax.Array, array: jax.Array) -> jax.Array:
+        """Returns an array with zeros in those blocks in which a gradient is zero."""
+        axes = self.inputs + self.outputs
+        present = jnp.any(grad.reshape(self.view) != 0, axis=axes, keepdims=True)
+        return jnp.where(present, array.reshape(self.view), 0).reshape(self.shape)
 
     def _seen(self, grad: jax.Array) -> jax.Array:
         if grad.shape != self.shape:

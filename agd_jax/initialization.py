@@ -4,7 +4,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from agd_jax import names
 from agd_jax.geometry import Geometry, Layout, norm_dtype, path_of
@@ -70,11 +69,10 @@ def orthogonal_init(key: jax.Array, params: Tree, geometry: Geometry | None = No
 
 
 def _draw(key: jax.Array, leaf: Any, layout: Layout) -> jax.Array:
-    d_in, d_out = layout.count("inputs"), layout.count("outputs")
+    d_in, d_out = layout.matrix_shape
     count = layout.count("layers", "blocks", "taps")
     # Lower precisions have no QR decomposition, and would not be orthogonal before rounding.
     dtype = norm_dtype(leaf.dtype)
-    order = (*layout.layers, *layout.blocks, *layout.taps, *layout.inputs, *layout.outputs)
 
     def draw() -> jax.Array:
         # One by one: on a CPU, XLA hands the matrices of one batched QR to its thread pool from
@@ -87,10 +85,7 @@ def _draw(key: jax.Array, leaf: Any, layout: Layout) -> jax.Array:
             matrices = jax.lax.map(one, key[None])
         else:
             matrices = jax.lax.map(one, jax.random.split(key, count))
-        # From axes in the order of their roles to their own order.
-        ordered = matrices.reshape([layout.view[axis] for axis in order])
-        drawn = layout.scale * jnp.transpose(ordered, tuple(np.argsort(order)))
-        return drawn.reshape(leaf.shape).astype(leaf.dtype)
+        return layout.from_matrices(layout.scale * matrices).astype(leaf.dtype)
 
     # Under a trace there is no sharding to keep: that of the traced function's outputs rules.
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:

@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,23 @@ import optax
 
 from agd_jax import names
 from agd_jax.geometry import Geometry, Layout, layouts_of, norm_dtype
+from agd_jax.spectral import orthogonal_factors
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Norm = Literal["frobenius", "spectral"]
 
 # A tensor is left where it is if its share of the gradient summary is less than so many units of
 # rounding. In float32, noise was measured to have up to 5. The smallest gradients that mean
 # something, of queries' biases in transformers that start with almost no attention, had 500, and 40
 # in the first steps of a deep one; those wait for a while, for next to nothing is lost by it.
 ROUNDING_UNITS = 64
+# That of the spectral form.
+MOMENTUM = 0.95
 
 
 class AgdState(NamedTuple):
-    """What the last step found. Nothing in here enters the next one: it is kept for logs.
+    """What the last step found. None of it enters the next one: it is kept for logs.
 
     Attributes:
       eta: the automatic learning rate, a scalar (zero before the first step).
@@ -34,6 +38,22 @@ class AgdState(NamedTuple):
 
     eta: jax.Array
     gradient_summary: jax.Array
+
+
+class MomentumState(NamedTuple):
+    """The state with momentum: what the last step found, and what the next one starts from.
+
+    Attributes:
+      eta: as of :class:`AgdState`.
+      gradient_summary: likewise.
+      steps: how many there were.
+      mean: the running mean of gradients, a tree like the parameters, in float32 or float64.
+    """
+
+    eta: jax.Array
+    gradient_summary: jax.Array
+    steps: jax.Array
+    mean: optax.Updates
 
 
 def automatic_learning_rate(gradient_summary: jax.typing.ArrayLike) -> jax.Array:
@@ -60,8 +80,8 @@ def _without_learning_rate(make: Callable[P, T]) -> Callable[P, T]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         if args or "learning_rate" in kwargs:
             raise TypeError(
-                "agd() has no learning rate: where optax.adam(1e-3) stood, write agd(). Its only "
-                "argument is a factor for every update, given by name, as in agd(gain=1.0)"
+                "agd() has no learning rate: where optax.adam(1e-3) stood, write agd(). Its "
+                "arguments are given by name, as in agd(norm='spectral')"
             )
         return make(*args, **kwargs)
 
@@ -70,9 +90,13 @@ def _without_learning_rate(make: Callable[P, T]) -> Callable[P, T]:
 
 @_without_learning_rate
 def agd(
-    *, geometry: Geometry | None = None, gain: jax.typing.ArrayLike = 1.0
+    *,
+    geometry: Geometry | None = None,
+    norm: Norm = "frobenius",
+    momentum: jax.typing.ArrayLike | None = None,
+    gain: jax.typing.ArrayLike = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Automatic gradient descent: no learning rate, no schedule, no momentum, no state.
+    r"""Automatic gradient descent: no learning rate, no schedule; as in the paper, no state either.
 
     With :math:`L` parameter tensors, the gradient :math:`g_{k,t}` of block :math:`t` of tensor
     :math:`k` (a tap of a convolution, a row of an embedding, or all of it) and its scale
@@ -100,9 +124,31 @@ def agd(
     not notice. Where a network computes in bfloat16, its noise is as large as other gradients, and
     cannot be told from them.
 
-    Norms, ``G`` and ``eta`` are float32 (float64 for
-    float64 gradients), whatever the dtype of the gradients; updates have the dtype of the
-    parameters, or of the gradients where ``params`` is not given.
+    **Spectral.** The Frobenius norm stands in for the operator norm, which bounds what a change of
+    a matrix does to its outputs. With ``norm="spectral"`` the step is the steepest in the operator
+    norm itself, and goes by the running mean of gradients:
+
+    .. math::
+      m_k &\leftarrow 0.95 \, m_k + 0.05 \, g_k \\
+      W_{k,t} &\leftarrow W_{k,t} - \mathrm{gain} \, \frac{\eta}{L} \, s_k \, U V^T,
+        \qquad m_{k,t} = U \Sigma V^T,
+
+    in Nesterov's form and without the mean's bias towards zero; vectors and rows of embeddings step
+    as before, and a row that is not looked up does not move. ``G`` is that of the mean, by the same
+    equation as above. To first order such a step lowers the loss by :math:`\eta / L` times the sum
+    of :math:`s_k \|m_{k,t}\|_*`, the nuclear norms, which are the duals of operator norms and at
+    least as large as the Frobenius norms in ``G``; so :math:`\eta` is no more than the bound asks
+    for. Nuclear norms would ask for more in noise, whose singular values are all alike: they
+    multiply that of rank :math:`r` by up to :math:`\sqrt r`.
+
+    What remains is feedback: steps that are too large make gradients grow, and with them ``G`` and
+    the next steps. So with momentum, ``G`` grows no faster than the number of steps: after step
+    :math:`t` to no more than :math:`(t + 1) / t` times what it was. A start in a flat place is left
+    behind nevertheless, in a time in proportion to that spent there.
+
+    Norms, ``G`` and ``eta`` are float32 (float64 for float64 gradients), whatever the dtype of the
+    gradients; updates have the dtype of the parameters, or of the gradients where ``params`` is not
+    given.
 
     >>> import agd_jax, jax, jax.numpy as jnp, optax
     >>> params = {'kernel': jnp.zeros((2, 1))}
@@ -124,19 +170,23 @@ def agd(
         makes the number of tensors again. Without it, the shapes of parameters say it: the last
         two axes are inputs and outputs, those before count taps, as in Flax's dense and
         convolution kernels.
+      norm: ``"frobenius"``, as in the paper, or ``"spectral"``.
+      momentum: the decay of the running mean of gradients, at least 0 and less than 1; by default
+        0, without a mean, for the Frobenius norm, and 0.95 for the spectral one.
       gain: multiplies every update. The method has no such number; 10 is an experiment some
         like to make.
 
     Returns:
-      An Optax gradient transformation whose state is an :class:`AgdState`.
+      An Optax gradient transformation whose state is an :class:`AgdState`, two numbers; with
+      momentum it is a :class:`MomentumState`, with an array for each parameter.
 
     Raises:
       TypeError: if a learning rate is given, which AGD does not have, or if ``gain`` is a
         schedule: Optax makes one of it, ``optax.inject_hyperparams(agd)(gain=schedule)``; by
         ``init``, if parameters are complex.
-      ValueError: if ``gain`` is a number that is not positive and finite, or an array that is
-        known to be negative or not finite, or not a scalar; by ``init`` and ``update``, if the
-        geometry is of other parameters.
+      ValueError: if ``norm`` or ``momentum`` is none of these; if ``gain`` is a number that is not
+        positive and finite, or an array that is known to be negative or not finite, or not a
+        scalar; by ``init`` and ``update``, if the geometry is of other parameters.
 
     Warns:
       UserWarning: by ``init`` without a geometry, if shapes do not say enough; and if the
@@ -144,11 +194,15 @@ def agd(
 
     References:
       Bernstein et al., *Automatic Gradient Descent: Deep Learning without Hyperparameters*,
-      2023, https://arxiv.org/abs/2304.05187.
+      2023, https://arxiv.org/abs/2304.05187. Jordan et al., *Muon*, 2024,
+      https://kellerjordan.github.io/posts/muon, for orthogonal factors of momentum.
     """
-    _check_gain(gain)
+    _check(norm, momentum, gain)
+    if momentum is None:
+        momentum = 0.0 if norm == "frobenius" else MOMENTUM
+    without_memory = isinstance(momentum, int | float) and momentum == 0
 
-    def init(params: optax.Params) -> AgdState:
+    def init(params: optax.Params) -> AgdState | MomentumState:
         if getattr(params, "ndim", None) == 1:
             warnings.warn(
                 f"agd() was given one bare vector of {params.size} numbers, in which it sees no "
@@ -167,17 +221,24 @@ def agd(
         dtypes = [norm_dtype(jnp.result_type(p)) for p in jax.tree.leaves(params)]
         dtype = jnp.result_type(jnp.float32, *dtypes)
         # Two arrays, as one that is there twice cannot be donated.
-        return AgdState(eta=jnp.zeros([], dtype), gradient_summary=jnp.zeros([], dtype))
+        found = AgdState(eta=jnp.zeros([], dtype), gradient_summary=jnp.zeros([], dtype))
+        if without_memory:
+            return found
+        zeros = lambda p: jnp.zeros_like(p, norm_dtype(jnp.result_type(p)))
+        return MomentumState(*found, jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
 
     def update(
         updates: optax.Updates,
-        state: AgdState,
+        state: AgdState | MomentumState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AgdState]:
+    ) -> tuple[optax.Updates, AgdState | MomentumState]:
         del extra_args  # Accepted, so that agd() may stand in a chain with others that use them.
         updates = jax.tree.map(jnp.asarray, updates)  # Python's floats are gradients too.
+        likes = updates if params is None else params
         layouts = layouts_of(updates, geometry)
+        if isinstance(state, MomentumState):
+            updates, steps, mean = _averaged(layouts, updates, state, momentum)
         tensors = sum(layout.count("layers") for layout in jax.tree.leaves(layouts))
         depth = (geometry.depth if geometry else None) or max(tensors, 1)
         scaled, norms, exponent = _measure(layouts, updates)
@@ -187,8 +248,12 @@ def agd(
         # Of finite gradients it is finite, even if the sum is not.
         largest = jnp.where(jnp.isfinite(total), np.finfo(total.dtype).max, jnp.inf)
         gradient_summary = jnp.minimum(gradient_summary, largest)
+        if isinstance(state, MomentumState):
+            gradient_summary = _growing_slowly(gradient_summary, state)
         eta = automatic_learning_rate(gradient_summary)
         size = jnp.multiply(gain, eta) / depth
+        if norm == "spectral":
+            scaled, norms = orthogonal_factors(layouts, scaled, norms)
 
         def step(
             layout: Layout,
@@ -202,13 +267,45 @@ def agd(
             move = jnp.where(dual_norm < floor, 0, size)
             return layout.direction(grad, norms, -move).astype(jnp.result_type(param))
 
-        likes = updates if params is None else params
         updates = jax.tree.map(step, layouts, scaled, norms, dual_norms, likes)
         # The state keeps its dtype when gradients have another one, so that it can be carried.
         dtype = state.eta.dtype
-        return updates, AgdState(eta.astype(dtype), jnp.asarray(gradient_summary, dtype))
+        found = AgdState(eta.astype(dtype), jnp.asarray(gradient_summary, dtype))
+        if isinstance(state, MomentumState):
+            return updates, MomentumState(*found, steps, mean)
+        return updates, found
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _averaged(
+    layouts: Any, grads: optax.Updates, state: MomentumState, decay: jax.typing.ArrayLike
+) -> tuple[optax.Updates, jax.Array, optax.Updates]:
+    """Returns the gradients that a step with momentum goes by, and the new steps and mean."""
+    steps = optax.safe_increment(state.steps)
+    grads = jax.tree.map(lambda g: g.astype(norm_dtype(g.dtype)), grads)
+    mean = optax.tree.update_moment(grads, state.mean, decay, 1)
+    # The mean after one more step with the same gradient, as in Nesterov's momentum.
+    ahead = optax.tree.update_moment(
+        optax.tree.bias_correction(grads, decay, steps),
+        optax.tree.bias_correction(mean, decay, optax.safe_increment(steps)),
+        decay,
+        1,
+    )
+
+    def present(layout: Layout, ahead: jax.Array, grad: jax.Array) -> jax.Array:
+        return layout.where_present(grad, ahead) if layout.kind == "lookup" else ahead
+
+    return jax.tree.map(present, layouts, ahead, grads), steps, mean
+
+
+def _growing_slowly(summary: jax.Array, state: MomentumState) -> jax.Array:
+    """Returns a gradient summary that has grown no more than the number of steps has."""
+    before, steps = (x.astype(summary.dtype) for x in (state.gradient_summary, state.steps))
+    limit = before * (steps + 1) / jnp.maximum(steps, 1)
+    # There is no limit to the first that is not zero, nor may it hide what is not finite.
+    limited = (before > 0) & jnp.isfinite(summary)
+    return jnp.where(limited, jnp.minimum(summary, limit), summary)
 
 
 def _total(dual_norms: Any) -> jax.Array:
@@ -252,7 +349,11 @@ def _measure(layouts: Any, grads: optax.Updates) -> tuple[optax.Updates, Any, ja
     return scaled(exponent), norms, exponent
 
 
-def _check_gain(gain: Any) -> None:
+def _check(norm: Any, momentum: Any, gain: Any) -> None:
+    if norm not in ("frobenius", "spectral"):
+        raise ValueError(f"agd(norm={norm!r}): choose 'frobenius' or 'spectral'")
+    if isinstance(momentum, int | float) and not 0 <= momentum < 1:
+        raise ValueError(f"agd(momentum={momentum}): momentum must be at least 0 and less than 1")
     if callable(gain):
         raise TypeError(
             "agd(gain=...) takes a number; a schedule is used as "

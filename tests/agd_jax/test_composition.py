@@ -261,7 +261,7 @@ def test_the_second_step_does_not_compile_again():
 def test_everything_can_be_donated(name):
     step = jax.jit(step_of(COMPOSITIONS[name]()), donate_argnums=(0, 1))
     params = params_of(name)
-    assert_same(take_steps(name, params, step), take_steps(name, params_of(name)))
+    assert_same(name, take_steps(name, params, step), take_steps(name, params_of(name)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
@@ -271,7 +271,7 @@ def test_steps_can_be_scanned(name):
     grads = jax.tree.map(lambda *g: jnp.stack(g), *(tree(10 * i + 10) for i in range(STEPS)))
     step = lambda carry, grads: (step_of(tx)(*carry, grads), None)
     scan = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), grads)[0])
-    assert_same(scan(params_of(name)), take_steps(name, params_of(name)))
+    assert_same(name, scan(params_of(name)), take_steps(name, params_of(name)))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_vmap_over_seeds_is_each_seed_by_itself(name):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     found = jax.jit(jax.vmap(lambda params: take_steps(name, params)))(stacked)
     for i, params in enumerate(trees):
-        assert_same(jax.tree.map(lambda x, i=i: x[i], found), take_steps(name, params))
+        assert_same(name, jax.tree.map(lambda x, i=i: x[i], found), take_steps(name, params))
 
 
 @pytest.mark.slow

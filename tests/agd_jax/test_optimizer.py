@@ -147,7 +147,7 @@ def test_a_learning_rate_is_refused(make):
     with pytest.raises(TypeError, match=r"^agd\(\) has no learning rate: .* write agd\(\)"):
         make()
     parameters = inspect.signature(agd_jax.agd).parameters.values()
-    assert [p.name for p in parameters] == ["geometry", "gain"]
+    assert [p.name for p in parameters] == ["geometry", "norm", "momentum", "gain"]
     assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
 
 
