@@ -32,7 +32,7 @@ def test_help_has_every_flag_in_a_line_and_imports_nothing_heavy():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     flags = (
-        "arch dataset loss train_bs test_bs epochs depth width gain seed data_dir workdir "
+        "arch dataset loss train_bs test_bs epochs depth width norm gain seed data_dir workdir "
         "platform precision save_every keep restart verbose eval_only"
     )
     for flag in flags.split():

@@ -20,6 +20,7 @@ from training.records import from_json
 
 ARCHS = tuple(ARCHITECTURES)
 LOSSES = ("mse", "xent")
+NORMS = ("frobenius", "spectral")
 PLATFORMS = ("cpu", "gpu", "tpu")
 PRECISIONS = ("f32", "bf16", "f64")
 MESH_AXES = ("data", "fsdp", "model")
@@ -41,6 +42,7 @@ IDENTITY = (
     "depth",
     "width",
     "bn_group",
+    "norm",
     "gain",
     "seed",
     "image_size",
@@ -84,6 +86,8 @@ class TrainConfig:
     """Width of the hidden layers of fcn."""
     bn_group: int = 0
     """Consecutive examples that BatchNorm takes together; 0 takes the whole training batch."""
+    norm: Annotated[str, _flag(NORMS)] = "frobenius"
+    """The norm of a step: the paper's, or the operator norm, with momentum."""
     gain: float = 1.0
     """Multiplies every update; 1 is AGD, 10 an experiment."""
     seed: int = 0
@@ -157,6 +161,7 @@ class TrainConfig:
                         f"--{name} {getattr(self, name)}: is for fcn, not for {self.arch}"
                     )
         _choose("--loss", config.loss, LOSSES)
+        _choose("--norm", self.norm, NORMS)
         _choose("--precision", self.precision, PRECISIONS)
         _ = self.save_interval
         for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size", "keep"):

@@ -129,6 +129,8 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def of_state(mesh: Mesh, state: TrainState) -> TrainState:
     """Returns the shardings of a state: parameters split by rule, the rest whole on every device.
 
+    What the optimiser keeps of each parameter, as its momentum, is split as the parameter is.
+
     Args:
       mesh: a mesh from :func:`make_mesh`.
       state: the state, or its shapes.
@@ -136,14 +138,23 @@ def of_state(mesh: Mesh, state: TrainState) -> TrainState:
     Returns:
       The same tree, with shardings for leaves.
     """
-    leaves, structure = jax.tree.flatten(state.params)
+    leaves, found = jax.tree.flatten(state.params)
+    structure: Any = found  # Its operators have no types.
     dense, shardings = 0, []
     for leaf in leaves:
         shardings.append(NamedSharding(mesh, _partition(mesh, leaf.shape, dense)))
         dense += len(leaf.shape) == 2
     everywhere = replicated(mesh)
     split: TrainState = jax.tree.map(lambda _: everywhere, state)
-    return dataclasses.replace(split, params=jax.tree.unflatten(structure, shardings))
+    params = jax.tree.unflatten(structure, shardings)
+
+    def of_params(tree: Any) -> bool:
+        return bool(jax.tree.structure(tree) == structure)
+
+    opt_state = jax.tree.map(
+        lambda tree: params if of_params(tree) else everywhere, state.opt_state, is_leaf=of_params
+    )
+    return dataclasses.replace(split, params=params, opt_state=opt_state)
 
 
 def _partition(mesh: Mesh, shape: tuple[int, ...], dense: int) -> PartitionSpec:

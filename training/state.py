@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import optax
 
     from agd_jax import Geometry
+    from agd_jax.optimizer import Norm
     from training.config import TrainConfig
 
 # The static part of a network, and a tree of its arrays.
@@ -100,9 +101,9 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     import agd_jax
 
     geometry = _geometry(config)
-    if config.arch != "vit":
+    if config.norm == "frobenius" and config.arch != "vit":
         geometry = geometry.with_depth(None)  # The paper's networks, as in the paper.
-    return agd_jax.agd(geometry=geometry, gain=config.gain)
+    return agd_jax.agd(geometry=geometry, norm=cast("Norm", config.norm), gain=config.gain)
 
 
 @functools.lru_cache(1)

@@ -44,13 +44,17 @@ def five_steps(config, devices):
             "batch_stats": [float(np.sum(s)) for s in jax.tree.leaves(state.batch_stats)],
             "split": sum(not p.sharding.is_fully_replicated for p in params),
             "bytes": sum(p.addressable_shards[0].data.nbytes for p in params),
+            "opt_bytes": sum(
+                p.addressable_shards[0].data.nbytes for p in jax.tree.leaves(state.opt_state)
+            ),
         }
 
 
-def main(arch, precision, bn_group, *meshes):
+def main(arch, precision, norm, bn_group, *meshes):
     if arch == "resnet18":
         models.create = functools.partial(models.create, width=8)
-    fields = {"arch": arch, "precision": precision, "test_bs": 40, "bn_group": int(bn_group)}
+    fields = {"arch": arch, "precision": precision, "norm": norm, "test_bs": 40}
+    fields |= {"bn_group": int(bn_group)}
     # On eight devices, twelve examples on each of them, or eight.
     fields |= {"train_bs": 96 if int(bn_group) else 64}
     if arch == "fcn":

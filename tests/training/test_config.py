@@ -7,7 +7,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from training.config import ARCHS, DATASETS, LOSSES, MESH_AXES, PLATFORMS, PRECISIONS, TrainConfig
+from training.config import (
+    ARCHS,
+    DATASETS,
+    LOSSES,
+    MESH_AXES,
+    NORMS,
+    PLATFORMS,
+    PRECISIONS,
+    TrainConfig,
+)
 from training.errors import ConfigError
 
 
@@ -166,6 +175,7 @@ REST = fields(
     train_bs=COUNT,
     test_bs=COUNT,
     epochs=COUNT,
+    norm=st.sampled_from(NORMS),
     gain=st.floats(0, exclude_min=True, allow_infinity=False),
     seed=st.integers(0, 2**32 - 1),
     workdir=st.text().map(Path),

@@ -52,6 +52,7 @@ def interrupt_after(monkeypatch, patience):
     "fields",
     [
         {},
+        pytest.param({"norm": "spectral"}, marks=pytest.mark.slow),
         pytest.param(STREAMED, marks=pytest.mark.slow),
         # Steps one by one, running averages.
         pytest.param(
@@ -59,7 +60,7 @@ def interrupt_after(monkeypatch, patience):
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["resident", "streamed", "convolutional"],
+    ids=["resident", "spectral", "streamed", "convolutional"],
 )
 def test_interrupted_again_and_again(tmp_path, monkeypatch, fields):
     fields = RESIDENT | fields

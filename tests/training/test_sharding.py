@@ -33,17 +33,20 @@ def five_steps(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("arch", "precision", "meshes"),
+    ("arch", "precision", "norm", "meshes"),
     [
-        ("fcn", "f64", MESHES[:1]),
-        pytest.param("fcn", "f64", MESHES, marks=pytest.mark.slow),
-        pytest.param("fcn", "f32", MESHES[:2], marks=pytest.mark.slow),
-        pytest.param("resnet18", "f64", MESHES[:2], marks=pytest.mark.slow),
-        pytest.param("vit", "f64", MESHES[:2], marks=pytest.mark.slow),
+        ("fcn", "f64", "frobenius", MESHES[:1]),
+        pytest.param("fcn", "f64", "frobenius", MESHES, marks=pytest.mark.slow),
+        pytest.param("fcn", "f64", "spectral", MESHES, marks=pytest.mark.slow),
+        pytest.param("fcn", "f32", "frobenius", MESHES[:2], marks=pytest.mark.slow),
+        pytest.param("resnet18", "f64", "frobenius", MESHES[:2], marks=pytest.mark.slow),
+        pytest.param("resnet18", "f64", "spectral", MESHES[:1], marks=pytest.mark.slow),
+        pytest.param("vit", "f64", "frobenius", MESHES[:2], marks=pytest.mark.slow),
+        pytest.param("vit", "f64", "spectral", MESHES[:1], marks=pytest.mark.slow),
     ],
 )
-def test_training_is_the_same_on_every_mesh(arch, precision, meshes):
-    one, *others = five_steps(arch, precision, 0, "one", *meshes)
+def test_training_is_the_same_on_every_mesh(arch, precision, norm, meshes):
+    one, *others = five_steps(arch, precision, norm, 0, "one", *meshes)
     assert one["split"] == 0
     tolerance = TOLERANCE[precision]
     for mesh, other in zip(meshes, others, strict=True):
@@ -56,13 +59,16 @@ def test_training_is_the_same_on_every_mesh(arch, precision, meshes):
             assert other["split"] > 0, mesh
     fsdp = others[meshes.index("fsdp=8")]
     assert fsdp["bytes"] < 0.2 * one["bytes"]
+    if norm == "spectral":
+        # The momentum is split as its parameter is.
+        assert fsdp["opt_bytes"] < 0.2 * one["opt_bytes"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bn_group", [6, 8, 24], ids=["within", "across", "of several"])
 def test_groups_of_batch_norm_are_the_same_on_every_mesh(bn_group):
     """Groups within the twelve examples of a device, some across two, and of two devices each."""
-    one, other = five_steps("resnet18", "f64", bn_group, "one", "data=4,fsdp=2")
+    one, other = five_steps("resnet18", "f64", "frobenius", bn_group, "one", "data=4,fsdp=2")
     for name in ("loss", "test_loss", "eta", "gradient_summary", "params"):
         assert other[name] == pytest.approx(one[name], rel=1e-10), name
     assert other["batch_stats"] == pytest.approx(one["batch_stats"], rel=1e-9, abs=1e-9)
