@@ -101,7 +101,10 @@ def take(command: Run) -> None:
             task, optimizer, rate, seed = needs[0]
             progress.update(bar, description=f"{task.name} {optimizer} {rate:g} seed {seed}")
             programs = programs or runner.compile_programs(task, optimizer)
-            store.add(runner.run(task, programs, optimizer, rate, seed))
+            these = needs if runner.together(task) else needs[:1]
+            runs = [(need.rate, need.seed) for need in dict.fromkeys(these)]
+            for record in runner.run(task, programs, optimizer, runs):
+                store.add(record)
 
     with Progress(*columns) as progress:
         bar = progress.add_task("")

@@ -25,7 +25,7 @@ class Optimizer(NamedTuple):
       rates: the learning rates that are tried, rising; one for what needs none.
       geometry: whether it is told how parameters are used.
       orthogonal: whether it starts from :func:`agd_jax.orthogonal_init`, not from Flax's weights.
-      averages: whether ``contrib.schedule_free_eval_params`` gives what is evaluated.
+      averaged: ``(opt_state, params)`` to the weights that are evaluated, if others.
     """
 
     make: Callable[..., optax.GradientTransformation]
@@ -33,7 +33,7 @@ class Optimizer(NamedTuple):
     rates: tuple[float, ...] = (1.0,)
     geometry: bool = False
     orthogonal: bool = False
-    averages: bool = False
+    averaged: Callable[[Any, Any], Any] | None = None
 
     def create(
         self, rate: jax.Array, steps: int, geometry: agd_jax.Geometry
@@ -115,6 +115,8 @@ def agd(
     geometry: agd_jax.Geometry,
     depth: Literal["effective", "tensors"] = "effective",
     start: str = "orthogonal",
+    average: bool = False,
+    **settings: Any,
 ) -> Any:
     """Returns AGD, whose step is shared out by the effective depth or the number of tensors.
 
@@ -123,8 +125,26 @@ def agd(
       geometry: how parameters are used.
       depth: what the step is shared out by.
       start: what it starts from, for the key of a run alone.
+      average: whether its weights are averaged.
+      settings: other arguments of ``agd_jax.agd``.
     """
-    return agd_jax.agd(geometry=geometry if depth == "effective" else geometry.with_depth(None))
+    known = geometry if depth == "effective" else geometry.with_depth(None)
+    tx = agd_jax.agd(geometry=known, **settings)
+    return agd_jax.averaged(tx) if average else tx
+
+
+def variant(**settings: Any) -> Optimizer:
+    """Returns spectral AGD with averaged weights and some changes."""
+    from experiments import variants
+
+    averaged = agd_jax.averaged_params if settings.get("average", True) else None
+    return Optimizer(
+        without_rate(variants.spectral),
+        {"revision": 1, **settings},
+        geometry=True,
+        orthogonal=True,
+        averaged=averaged,
+    )
 
 
 ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -137,6 +157,30 @@ OPTIMIZERS = {
         without_rate(agd), {"revision": 1, "depth": "tensors"}, geometry=True, orthogonal=True
     ),
     "agd_own_start": Optimizer(without_rate(agd), {"revision": 1, "start": "flax"}, geometry=True),
+    "agd_averaged": Optimizer(
+        without_rate(agd),
+        {"revision": 1, "average": True},
+        geometry=True,
+        orthogonal=True,
+        averaged=agd_jax.averaged_params,
+    ),
+    "agd_momentum": Optimizer(
+        without_rate(agd),
+        {"revision": 2, "momentum": 0.95, "average": True},
+        geometry=True,
+        orthogonal=True,
+        averaged=agd_jax.averaged_params,
+    ),
+    "agd_spectral": Optimizer(
+        without_rate(agd), {"revision": 1, "norm": "spectral"}, geometry=True, orthogonal=True
+    ),
+    "agd_spectral_averaged": Optimizer(
+        without_rate(agd),
+        {"revision": 1, "norm": "spectral", "average": True},
+        geometry=True,
+        orthogonal=True,
+        averaged=agd_jax.averaged_params,
+    ),
     "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "adam": Optimizer(constant(optax.adam), rates=ADAM),
     "adamw": Optimizer(constant(optax.adamw), {"weight_decay": 1e-4}, ADAM),
@@ -155,16 +199,44 @@ OPTIMIZERS = {
             "b2": 0.9955159689799007,
             "weight_decay": 0.08121616522670176,
         },
-        averages=True,
+        averaged=contrib.schedule_free_eval_params,
     ),
     # Near to SF-NorMuon (arXiv:2605.23061) and AMUSE (arXiv:2605.22432): momentum before the
     # matrix is orthogonalised, and averaged iterates. The momentum of Adam is the averaging.
     "schedule_free_muon": Optimizer(
         schedule_free_muon,
         {"own_rate": 0.02, "b1": 0.9, "adam_share": 0.15, "adam_b1": 0.0},
-        averages=True,
+        averaged=contrib.schedule_free_eval_params,
     ),
     "prodigy": Optimizer(without_rate(contrib.prodigy)),
     "dowg": Optimizer(without_rate(contrib.dowg)),
     "mechanic": Optimizer(without_rate(lambda: contrib.mechanize(optax.adamw(1.0)))),
 }
+
+VARIANTS = {
+    "v_base": variant(),
+    "v_tensors": variant(summary="tensors"),
+    "v_least": variant(cap="least"),
+    "v_slow": variant(cap="slow"),
+    "v_vectors_third": variant(vectors=1 / 3),
+    "v_vectors_zero": variant(vectors=0.0),
+    "v_half": variant(share=0.5),
+    "v_twice": variant(share=2.0),
+    "v_twice_slow": variant(share=2.0, cap="slow"),
+    "v_four_slow": variant(share=4.0, cap="slow"),
+    "v_third_slow": variant(vectors=1 / 3, cap="slow"),
+    "v_third_twice_slow": variant(vectors=1 / 3, share=2.0, cap="slow"),
+    "v_tables_third": variant(tables=1 / 3),
+    "v_head_third": variant(ends=1 / 3),
+    "v_head_three": variant(ends=3.0),
+    "v_rows": variant(rows=True),
+    "v_whole": variant(whole_kernels=True),
+    "v_nuclear": variant(nuclear=True),
+    "v_nuclear_slow": variant(nuclear=True, cap="slow"),
+    "v_distance": variant(distance=True),
+    "v_decay": variant(decay=0.1),
+    "v_m9": variant(momentum=0.9),
+    "v_m98": variant(momentum=0.98),
+    "v_growing": variant(momentum=0.98, growing=True),
+}
+OPTIMIZERS |= VARIANTS

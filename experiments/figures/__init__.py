@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from experiments.figures.agd import Choices, Extremes
 from experiments.figures.paper import Batches, Breadth, Deep, Rates, Sizes, Tuned
 from experiments.figures.runs import Need, Run
+from experiments.figures.spectral import Horizons, ResNet, Variants
 from experiments.figures.yardstick import Published, Yardstick
 from experiments.tasks import Budget
 
@@ -48,4 +49,7 @@ FIGURES: dict[str, Figure] = {
     "yardstick": Yardstick(),
     "choices": Choices(),
     "extremes": Extremes(),
+    "variants": Variants(),
+    "horizons": Horizons(),
+    "resnet": ResNet(),
 }

@@ -89,7 +89,8 @@ class Yardstick:
     # Not the paper's Adam, which AdamW is with hardly any weight decay, nor variants of AGD. First
     # AGD and the reference, on all tasks.
     optimizers = (
-        *("agd", "adamw_cosine", "muon_cosine", "schedule_free_adamw", "schedule_free_muon"),
+        *("agd", "adamw_cosine", "agd_spectral_averaged", "agd_spectral", "agd_averaged"),
+        *("muon_cosine", "schedule_free_adamw", "schedule_free_muon"),
         *("prodigy", "mechanic", "dowg", "adamw", "muon", "sgd"),
     )
 
@@ -121,7 +122,7 @@ class Yardstick:
                 if not found:
                     continue
                 # The least, as other programs may have run beside some.
-                per_step = min(run["seconds_per_step"] for run in found)
+                per_step = min(run.get("seconds_per_step", math.nan) for run in found)
                 if optimizer == self.reference:
                     reference = per_step
                 steps = [step for run in found if (step := first(run, target))]

@@ -26,10 +26,10 @@ VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 500
 
 
 @functools.cache
-def data(dataset: str) -> Data:
-    """Loads a data set, with :data:`VALIDATION_IMAGES` of its test images, if it has so many."""
+def data(dataset: str, validation_images: int) -> Data:
+    """Loads a data set, with so many of its test images, if it has them."""
     spec, arrays = SPECS[dataset], resident.load(SPECS[dataset])
-    limit = min(VALIDATION_IMAGES, arrays.test.size)
+    limit = min(validation_images, arrays.test.size)
     limit = limit // VALIDATION_BATCH * VALIDATION_BATCH or arrays.test.size
     size = min(VALIDATION_BATCH, limit)
 
@@ -86,15 +86,17 @@ def task(
         *,
         batch_size: int = batch_size,
         steps: int | None = None,
+        loss: str = loss,
+        validation: int = VALIDATION_IMAGES,
         **changes: Any,
     ) -> Task:
         images, settings = "digits" if budget == "smoke" else dataset, defaults | changes
         spec = SPECS[images]
         return Task(
             name,
-            {**settings, "dataset": images, "loss": loss, "validation": VALIDATION_IMAGES},
+            {**settings, "dataset": images, "loss": loss, "validation": validation},
             lambda rngs: network(spec.image_shape, spec.num_classes, rngs=rngs, **settings),
-            lambda: data(images),
+            lambda: data(images, validation),
             LOSSES[loss],
             batch_size,
             steps or lengths[budget],
@@ -181,6 +183,19 @@ class CNN(nnx.Module):
         return self.head(jnp.mean(nnx.relu(self.norm(x)), axis=(1, 2)))
 
 
+def paper_network(
+    name: str,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: str = "float32",
+) -> nnx.Module:
+    """Returns a network of the paper, which computes in a dtype."""
+    types: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.float32}
+    return create(name, image_shape, num_classes, rngs=rngs, **types)
+
+
 # The paper's fully connected network, with its mean squared error.
 fcn = task(
     "fcn",
@@ -223,7 +238,7 @@ vit = task(
 resnet18, vgg16 = (
     task(
         name,
-        functools.partial(create, name, dtype=jnp.float32, param_dtype=jnp.float32),
+        functools.partial(paper_network, name),
         "mse",
         batch_size=128,
         lengths={"smoke": 2, "cpu": 390, "gpu": 78_000},

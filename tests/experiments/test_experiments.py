@@ -38,7 +38,7 @@ def fake(need, losses, **fields):
 def test_a_run_is_measured_along_the_way():
     task = tasks.create("fcn", "smoke", steps=12, depth=3, width=16)
     programs = runner.compile_programs(task, "agd")
-    run = runner.run(task, programs, "agd", 1.0, 0)
+    run = runner.run(task, programs, "agd", [(1.0, 0)])[0]
     train, validation = run["train"], run["validation"]
     assert train["step"] == list(range(1, 13))
     assert validation["step"] == [2, 4, 6, 8, 10, 12]
@@ -50,17 +50,17 @@ def test_a_run_is_measured_along_the_way():
     np.testing.assert_allclose(ratios, ratios[0], rtol=0.1)
     assert not run["diverged"]
     assert json.loads(json.dumps(run)) == run
-    again = runner.run(task, programs, "agd", 1.0, 0)
+    again = runner.run(task, programs, "agd", [(1.0, 0)])[0]
     assert again["train"] == train
-    assert runner.run(task, programs, "agd", 1.0, 1)["train"] != train
+    assert runner.run(task, programs, "agd", [(1.0, 1)])[0]["train"] != train
 
 
 def test_the_range_of_eta_is_over_all_steps_between_two_points(monkeypatch):
     task = tasks.create("fcn", "smoke", steps=12, depth=3, width=16)
     programs = runner.compile_programs(task, "agd")
-    fine = runner.run(task, programs, "agd", 1.0, 0)["train"]
+    fine = runner.run(task, programs, "agd", [(1.0, 0)])[0]["train"]
     monkeypatch.setattr(runner, "POINTS", 3)
-    coarse = runner.run(task, programs, "agd", 1.0, 0)["train"]
+    coarse = runner.run(task, programs, "agd", [(1.0, 0)])[0]["train"]
     assert coarse["step"] == [4, 8, 12]
     for column, of in (("eta_min", min), ("eta_max", max), ("loss", np.mean)):
         expected = [of(fine[column][i : i + 4]) for i in (0, 4, 8)]
@@ -70,9 +70,9 @@ def test_the_range_of_eta_is_over_all_steps_between_two_points(monkeypatch):
 @pytest.mark.slow
 def test_convolutions_step_by_step_are_seen_as_in_a_loop(monkeypatch):
     task = tasks.create("cnn", "smoke", steps=4, width=4, batch_size=8)
-    one_by_one = runner.run(task, runner.compile_programs(task, "agd"), "agd", 1.0, 0)
+    one_by_one = runner.run(task, runner.compile_programs(task, "agd"), "agd", [(1.0, 0)])[0]
     monkeypatch.setattr(runner.jax, "default_backend", lambda: "tpu")
-    loop = runner.run(task, runner.compile_programs(task, "agd"), "agd", 1.0, 0)
+    loop = runner.run(task, runner.compile_programs(task, "agd"), "agd", [(1.0, 0)])[0]
     for column, values in one_by_one["train"].items():
         np.testing.assert_allclose(values, loop["train"][column], rtol=1e-3)
 
@@ -80,7 +80,9 @@ def test_convolutions_step_by_step_are_seen_as_in_a_loop(monkeypatch):
 def test_the_rate_is_an_argument_of_the_programs():
     task = tasks.create("fcn", "smoke", steps=4, depth=3, width=16)
     programs = runner.compile_programs(task, "sgd")
-    slow, fast = (runner.run(task, programs, "sgd", rate, 0)["train"] for rate in (1e-4, 1e-2))
+    slow, fast = (
+        runner.run(task, programs, "sgd", [(rate, 0)])[0]["train"] for rate in (1e-4, 1e-2)
+    )
     assert slow["loss"][0] == fast["loss"][0]
     assert slow["loss"][-1] != fast["loss"][-1]
     assert programs.steps._cache_size() == 1
@@ -88,7 +90,7 @@ def test_the_rate_is_an_argument_of_the_programs():
 
 def test_a_run_that_diverges_is_a_result():
     task = tasks.create("fcn", "smoke", steps=40)
-    run = runner.run(task, runner.compile_programs(task, "sgd"), "sgd", 0.1, 0)
+    run = runner.run(task, runner.compile_programs(task, "sgd"), "sgd", [(0.1, 0)])[0]
     assert run["diverged"]
     assert len(run["train"]["step"]) < 40
     assert runs.final(run) == math.inf
@@ -130,7 +132,7 @@ def test_averaged_weights_have_statistics_of_their_own():
     task = tasks.create("cnn", "smoke", steps=30, width=8)
     programs = runner.compile_programs(task, "schedule_free_adamw")
     # Without these, BatchNorm has those of weights elsewhere, and the loss is far higher.
-    run = runner.run(task, programs, "schedule_free_adamw", 1.0, 0)
+    run = runner.run(task, programs, "schedule_free_adamw", [(1.0, 0)])[0]
     assert run["validation"]["loss"][-1] < run["train"]["loss"][-1] + 0.3
 
 
@@ -141,7 +143,8 @@ def test_every_optimiser_learns(optimizer):
     programs = runner.compile_programs(task, optimizer)
     rates = OPTIMIZERS[optimizer].rates
     losses = [
-        runs.final(runner.run(task, programs, optimizer, rate, 0)) for rate in rates[1:3] or rates
+        runs.final(runner.run(task, programs, optimizer, [(rate, 0)])[0])
+        for rate in rates[1:3] or rates
     ]
     assert min(losses) < 0.9
 
@@ -150,7 +153,7 @@ def test_every_optimiser_learns(optimizer):
 @pytest.mark.parametrize("task", [t for t in tasks.TASKS if t not in ("resnet18", "vgg16")])
 def test_every_task_is_learnt(task):
     task = tasks.create(task, "smoke")
-    run = runner.run(task, runner.compile_programs(task, "adamw"), "adamw", 3e-3, 0)
+    run = runner.run(task, runner.compile_programs(task, "adamw"), "adamw", [(3e-3, 0)])[0]
     assert run["train"]["loss"][-1] < 0.9 * run["train"]["loss"][0]
 
 
@@ -280,10 +283,11 @@ def test_a_command_that_is_stopped_goes_on(tmp_path, monkeypatch, few, capsys):
 def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
     taken = []
 
-    def run(task, programs, optimizer, rate, seed):
+    def run(task, programs, optimizer, pairs):
+        [(rate, seed)] = pairs
         taken.append((task.name, optimizer, seed))
         time.sleep(0.02)
-        return fake(Need(task, optimizer, rate, seed), [1.0])
+        return [fake(Need(task, optimizer, rate, seed), [1.0])]
 
     monkeypatch.setattr(runner, "run", run)
     # Rich draws one at a time in a process.

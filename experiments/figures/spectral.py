@@ -1,0 +1,163 @@
+"""Spectral AGD: variants that were tried, other lengths of runs, and a whole ResNet-18."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from experiments import tasks
+from experiments.figures.runs import (
+    Need,
+    Run,
+    best_runs,
+    final,
+    five_tasks,
+    losses_of_tasks,
+    row,
+    table,
+    there,
+    tuned,
+)
+from experiments.optimizers import VARIANTS
+from experiments.tasks import Budget, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure as Picture
+
+SEEDS = (0, 1, 2)
+BASE = "agd_spectral_averaged"
+
+
+class Variants:
+    """Spectral AGD with averaged weights, with one thing changed at a time."""
+
+    published = "Nothing: this is our own comparison."
+
+    def tasks(self, budget: Budget) -> dict[str, Task]:
+        """Returns the five tasks, and deeper ones, by what is said of them."""
+        five = {task.name: task for task in five_tasks(budget)}
+        if budget == "smoke":
+            return {"fcn": five["fcn"]}
+        deep = {
+            "fcn, 32 layers": tasks.create("fcn", budget, depth=32),
+            "gpt, 12 blocks": tasks.create("gpt", budget, depth=12, width=64),
+        }
+        return five | deep
+
+    def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
+        """Returns three runs of each variant on each task."""
+        return [
+            Need(task, name, seed=seed)
+            for name in (BASE, *VARIANTS)
+            for task in self.tasks(budget).values()
+            for seed in SEEDS
+        ]
+
+    def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
+        """Returns the validation losses, and their geometric means over those of spectral AGD."""
+        its = self.tasks(budget)
+
+        def loss(task: Task, name: str) -> float | None:
+            found = there((Need(task, name, seed=seed) for seed in SEEDS), runs)
+            return statistics.fmean(map(final, found)) if found else None
+
+        rows: list[dict[str, Any]] = []
+        for name in (BASE, *VARIANTS):
+            losses = {title: loss(task, name) for title, task in its.items()}
+            fields: dict[str, Any] = {"variant": name.removeprefix("v_")}
+            fields |= {title: f"{value:.4f}" for title, value in losses.items() if value}
+            base = {title: loss(task, BASE) for title, task in its.items()}
+            for column, titles in (("mean of five", list(its)[:5]), ("mean of all", list(its))):
+                if all(losses[title] and base[title] for title in titles):
+                    ratios = [(losses[title] or 0) / (base[title] or 1) for title in titles]
+                    fields[column] = f"{statistics.geometric_mean(ratios):.3f}"
+            rows.append(fields)
+        return [table(rows)]
+
+    def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
+        """Draws the validation losses of spectral AGD, a panel for each task."""
+
+        def found(task: Task) -> list[list[Run]]:
+            return [there([Need(task, BASE, seed=seed) for seed in SEEDS], runs)]
+
+        return losses_of_tasks(self.tasks(budget), found, "validation")[0]
+
+
+class Horizons:
+    """Runs of half and of four times the usual length, with nothing set anew."""
+
+    published = "Nothing: this is our own comparison."
+    optimizers = (BASE, "agd_spectral", "agd", "adamw_cosine", "muon_cosine", "schedule_free_adamw")
+
+    def tasks(self, budget: Budget) -> dict[str, Task]:
+        """Returns the tasks at other lengths, by what is said of them."""
+        return {
+            f"{task.name}, {round(factor * task.steps):,} steps": tasks.create(
+                task.name, budget, steps=round(factor * task.steps)
+            )
+            for task in five_tasks(budget)
+            for factor in (0.5, 4)
+        }
+
+    def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
+        """Returns the grid of each optimiser for each length, and three seeds of its best rate."""
+        return [
+            need
+            for name in self.optimizers
+            for task in self.tasks(budget).values()
+            for need in tuned(task, name, SEEDS, runs)
+        ]
+
+    def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
+        """Returns the results of each optimiser at its best rate."""
+        return [
+            table(
+                row(found, task=title, optimiser=name, rate=f"{found[0]['key']['rate']:g}")
+                for title, task in self.tasks(budget).items()
+                for name in self.optimizers
+                if (found := best_runs(task, name, SEEDS, runs))
+            )
+        ]
+
+    def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
+        """Draws the validation losses, a panel for each task and length."""
+
+        def found(task: Task) -> list[list[Run]]:
+            return [best_runs(task, name, SEEDS, runs) for name in self.optimizers]
+
+        return losses_of_tasks(self.tasks(budget), found, "validation")[0]
+
+
+class ResNet:
+    """The paper's ResNet-18 on CIFAR-10 in bfloat16, 60 epochs, with cross-entropy."""
+
+    published = (
+        "AGD 91.2%, Adam 92.9% after 200 epochs in float32 with mean squared error (the paper)."
+    )
+
+    def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
+        """Returns a run of each optimiser."""
+        steps = 2 if budget == "smoke" else 60 * 390
+        size = {"batch_size": 4} if budget == "smoke" else {}
+        task = tasks.create(
+            "resnet18",
+            budget,
+            loss="xent",
+            dtype="bfloat16",
+            steps=steps,
+            validation=10_000,
+            **size,
+        )
+        return [Need(task, BASE), Need(task, "agd"), Need(task, "adamw_cosine", 1e-3)]
+
+    def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
+        """Returns a row for each run."""
+        found = there(self.needs(budget, runs), runs)
+        return [table(row([run], optimiser=run["key"]["optimizer"]) for run in found)]
+
+    def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
+        """Draws the validation losses."""
+        needs = self.needs(budget, runs)
+        found = lambda task: [there([need], runs) for need in needs]
+        return losses_of_tasks({"resnet18": needs[0].task}, found, "validation")[0]
