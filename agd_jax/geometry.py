@@ -173,19 +173,14 @@ class Layout:
         factors = jnp.where(norms == 0, 0, self.scale / norms)
         return jnp.multiply(size, factors * self._seen(grad)).reshape(grad.shape)
 
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """The inputs and the outputs of each block."""
-        return self.count("inputs"), self.count("outputs")
-
-    def to_matrices(self, array: jax.Array) -> jax.Array:
-        """Returns the blocks of an array as ``(count, d_in, d_out)``."""
+    def to_rows(self, array: jax.Array) -> jax.Array:
+        """Returns an array as ``(-1, d_out)``: layers, blocks, taps and inputs count its rows."""
         ordered = jnp.transpose(array.reshape(self.view), self._order)
-        return ordered.reshape(-1, *self.matrix_shape)
+        return ordered.reshape(-1, self.count("outputs"))
 
-    def from_matrices(self, matrices: jax.Array) -> jax.Array:
-        """Returns the array that has such blocks, the inverse of :meth:`to_matrices`."""
-        ordered = matrices.reshape([self.view[axis] for axis in self._order])
+    def from_rows(self, rows: jax.Array) -> jax.Array:
+        """Returns the array of such rows, the inverse of :meth:`to_rows`."""
+        ordered = rows.reshape([self.view[axis] for axis in self._order])
         return jnp.transpose(ordered, tuple(np.argsort(self._order))).reshape(self.shape)
 
     @property

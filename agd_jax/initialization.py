@@ -69,7 +69,7 @@ def orthogonal_init(key: jax.Array, params: Tree, geometry: Geometry | None = No
 
 
 def _draw(key: jax.Array, leaf: Any, layout: Layout) -> jax.Array:
-    d_in, d_out = layout.matrix_shape
+    d_in, d_out = layout.count("inputs"), layout.count("outputs")
     count = layout.count("layers", "blocks", "taps")
     # Lower precisions have no QR decomposition, and would not be orthogonal before rounding.
     dtype = norm_dtype(leaf.dtype)
@@ -85,7 +85,7 @@ def _draw(key: jax.Array, leaf: Any, layout: Layout) -> jax.Array:
             matrices = jax.lax.map(one, key[None])
         else:
             matrices = jax.lax.map(one, jax.random.split(key, count))
-        return layout.from_matrices(layout.scale * matrices).astype(leaf.dtype)
+        return layout.from_rows(layout.scale * matrices).astype(leaf.dtype)
 
     # Under a trace there is no sharding to keep: that of the traced function's outputs rules.
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:

@@ -130,16 +130,17 @@ def agd(
 
     .. math::
       m_k &\leftarrow 0.95 \, m_k + 0.05 \, g_k \\
-      W_{k,t} &\leftarrow W_{k,t} - \mathrm{gain} \, \frac{\eta}{L} \, s_k \, U V^T,
-        \qquad m_{k,t} = U \Sigma V^T,
+      W_k &\leftarrow W_k - \mathrm{gain} \, \frac{\eta}{L} \, s_k \sqrt{n_k} \, U V^T,
+        \qquad m_k = U \Sigma V^T,
 
-    in Nesterov's form and without the mean's bias towards zero; vectors and rows of embeddings step
-    as before, and a row that is not looked up does not move. ``G`` is that of the mean, by the same
-    equation as above. To first order such a step lowers the loss by :math:`\eta / L` times the sum
-    of :math:`s_k \|m_{k,t}\|_*`, the nuclear norms, which are the duals of operator norms and at
-    least as large as the Frobenius norms in ``G``; so :math:`\eta` is no more than the bound asks
-    for. Nuclear norms would ask for more in noise, whose singular values are all alike: they
-    multiply that of rank :math:`r` by up to :math:`\sqrt r`.
+    in Nesterov's form and without the mean's bias towards zero. A kernel of :math:`n_k` taps is one
+    matrix here, from all inputs under it (:mod:`agd_jax.spectral`); vectors and rows of embeddings
+    step as before, and a row that is not looked up does not move. ``G`` is that of the mean, by the
+    same equation as above. To first order such a step lowers the loss by :math:`\eta / L` times the
+    sum of :math:`s_k \sqrt{n_k} \|m_k\|_*`, with nuclear norms, the duals of operator norms, which
+    is no less than the terms of ``G``; so :math:`\eta` is no more than the bound asks for. Nuclear
+    norms would ask for more in noise, whose singular values are all alike: they multiply that of
+    rank :math:`r` by up to :math:`\sqrt r`.
 
     What remains is feedback: steps that are too large make gradients grow, and with them ``G`` and
     the next steps. So with momentum, ``G`` grows no faster than the number of steps: after step

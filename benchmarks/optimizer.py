@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from optax.contrib import MuonDimensionNumbers
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
 import agd_jax
@@ -59,11 +60,12 @@ def main(options: Options) -> None:
     )
     optimisers = {
         "agd": agd_jax.agd(),
+        "spectral": agd_jax.agd(norm="spectral"),
         "sgd": optax.sgd(0.1),
         "adam": optax.adam(1e-3),
     }
     if options.muon:
-        optimisers["muon"] = optax.contrib.muon(1e-3)
+        optimisers["muon"] = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=matrices)
     updates = {name: Update(params, update(tx), tx.init(params)) for name, tx in optimisers.items()}
     seconds = turns(updates, options.turns)
     bandwidth = PASSES["sgd"] * size / statistics.median(seconds["sgd"])
@@ -79,6 +81,16 @@ def main(options: Options) -> None:
             of_floor = ratio(seconds[name], seconds["sgd"]) * PASSES["sgd"] / PASSES[name]
             row += f"  {of_floor:12.2f}"
         print(row)
+
+
+def matrices(params: dict[str, jax.Array]) -> dict[str, MuonDimensionNumbers | None]:
+    """The axes of matrices and kernels, with their taps among the inputs, as Muon is told them."""
+
+    def axes(param: jax.Array) -> MuonDimensionNumbers | None:
+        last = param.ndim - 1
+        return MuonDimensionNumbers(tuple(range(last)), last) if last else None
+
+    return jax.tree.map(axes, params)
 
 
 def ratio(a: list[float], b: list[float]) -> float:

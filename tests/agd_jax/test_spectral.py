@@ -17,7 +17,7 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 48), (2, 5, 64)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 20), (3, 16, 48), (2, 5, 64)])
 def test_singular_values_become_about_one_and_vectors_stay(shape):
     x = normal(0, *shape)
     u, s, v = np.linalg.svd(x, full_matrices=False)
@@ -28,6 +28,14 @@ def test_singular_values_become_about_one_and_vectors_stay(shape):
     np.testing.assert_allclose(diagonal[large], 1, atol=0.15)
     off = found - diagonal[..., None] * np.eye(shape[1])
     np.testing.assert_allclose(off, 0, atol=2e-3)
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_small_singular_values_are_not_lost(columns):
+    u, v = (np.linalg.qr(normal(i, size, 16))[0] for i, size in ((0, 16), (1, columns)))
+    s = np.geomspace(1, 3e-3, 16)
+    found = u.T @ polar_factor(jnp.asarray((u * s) @ v.T)[None])[0] @ v
+    np.testing.assert_allclose(found, np.eye(16), atol=0.15)
 
 
 def test_a_zero_matrix_has_a_zero_factor():
@@ -56,8 +64,8 @@ def reference(layouts, gradients):
         for layout, m in zip(layouts, ahead, strict=True):
             taps = m.reshape(-1, *m.shape[-2:]) if m.ndim > 1 else m[None, None]
             summary += layout.scale * sum(map(np.linalg.norm, taps)) / len(layouts)
-            u, _, v = np.linalg.svd(taps, full_matrices=False)
-            directions.append(layout.scale * (u @ v).reshape(m.shape))
+            u, _, v = np.linalg.svd(taps.reshape(-1, m.shape[-1]), full_matrices=False)
+            directions.append(layout.scale * len(taps) ** 0.5 * (u @ v).reshape(m.shape))
         eta = np.log((1 + np.sqrt(1 + 4 * summary)) / 2)
         yield [-eta / len(layouts) * d for d in directions], eta
 
