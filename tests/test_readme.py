@@ -122,6 +122,7 @@ def scanned():
     return apply, params, jnp.ones((5, 8))
 
 
+@pytest.mark.slow
 def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
     step, use, geometry, partition = blocks("python")
     names = {}

@@ -296,6 +296,7 @@ def test_ctrl_c_while_it_compiles_brings_the_cursor_back(tmp_path):
     assert not screens.cursor_hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_no_bar_behind(tmp_path, columns):
     flags = ["--epochs", "10000", "--train_bs", "4", "--workdir", tmp_path / "run"]

@@ -45,11 +45,15 @@ class Variants:
         }
         return five | deep
 
+    def variants(self, budget: Budget) -> list[str]:
+        """Returns spectral AGD and its variants."""
+        return [BASE, *VARIANTS][: 2 if budget == "smoke" else None]
+
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns three runs of each variant on each task."""
         return [
             Need(task, name, seed=seed)
-            for name in (BASE, *VARIANTS)
+            for name in self.variants(budget)
             for task in self.tasks(budget).values()
             for seed in SEEDS
         ]
@@ -63,7 +67,7 @@ class Variants:
             return statistics.fmean(map(final, found)) if found else None
 
         rows: list[dict[str, Any]] = []
-        for name in (BASE, *VARIANTS):
+        for name in self.variants(budget):
             losses = {title: loss(task, name) for title, task in its.items()}
             fields: dict[str, Any] = {"variant": name.removeprefix("v_")}
             fields |= {title: f"{value:.4f}" for title, value in losses.items() if value}
@@ -96,7 +100,7 @@ class Horizons:
             f"{task.name}, {round(factor * task.steps):,} steps": tasks.create(
                 task.name, budget, steps=round(factor * task.steps)
             )
-            for task in five_tasks(budget)
+            for task in five_tasks(budget)[: 1 if budget == "smoke" else None]
             for factor in (0.5, 4)
         }
 
@@ -139,7 +143,7 @@ class ResNet:
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns a run of each optimiser."""
         steps = 2 if budget == "smoke" else 60 * 390
-        size = {"batch_size": 4} if budget == "smoke" else {}
+        size = {"batch_size": 4, "width": 8} if budget == "smoke" else {}
         task = tasks.create(
             "resnet18",
             budget,
@@ -149,7 +153,8 @@ class ResNet:
             validation=10_000,
             **size,
         )
-        return [Need(task, BASE), Need(task, "agd"), Need(task, "adamw_cosine", 1e-3)]
+        needs = [Need(task, BASE), Need(task, "agd"), Need(task, "adamw_cosine", 1e-3)]
+        return needs[: 1 if budget == "smoke" else None]
 
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
         """Returns a row for each run."""

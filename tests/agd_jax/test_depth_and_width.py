@@ -48,6 +48,7 @@ def losses(apply, hidden, width, steps, tx=None):
     return jax.lax.scan(step, (params, tx.init(params)), length=steps)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("apply", "hidden", "width", "falls_to"),
     [(chain, 62, UNITS, 0.85), (residual, 62, UNITS, 0.05), (chain, 1, 2048, 0.3)],

@@ -198,6 +198,7 @@ def attention():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [mlp, convolution, attention])
 def test_the_same_network_takes_the_same_steps(network):
     """Three steps in float64, by the results of the network and by eta."""

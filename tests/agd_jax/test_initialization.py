@@ -160,6 +160,7 @@ print("same on", len(jax.devices()))
     assert run.stdout == "same on 8\n", run.stderr
 
 
+@pytest.mark.slow
 def test_many_kernels_in_one_program_do_not_hang_the_thread_pool():
     code = """
 import jax, jax.numpy as jnp, agd_jax

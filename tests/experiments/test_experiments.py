@@ -14,10 +14,10 @@ from flax import nnx
 from experiments import __main__ as program
 from experiments import runner, tasks
 from experiments.__main__ import Run, main
-from experiments.figures import FIGURES, paper, runs, yardstick
+from experiments.figures import FIGURES, paper, runs, spectral, yardstick
 from experiments.figures.runs import Need
 from experiments.figures.yardstick import Yardstick
-from experiments.optimizers import OPTIMIZERS, cosine, muon
+from experiments.optimizers import OPTIMIZERS, VARIANTS, cosine, muon
 from experiments.store import Store, name
 from models.gpt import GPT
 from models.vit import ViT
@@ -75,6 +75,24 @@ def test_convolutions_step_by_step_are_seen_as_in_a_loop(monkeypatch):
     loop = runner.run(task, runner.compile_programs(task, "agd"), "agd", [(1.0, 0)])[0]
     for column, values in one_by_one["train"].items():
         np.testing.assert_allclose(values, loop["train"][column], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_runs_in_one_program_are_those_alone(monkeypatch):
+    task = tasks.create("fcn", "smoke", steps=12, depth=3, width=16)
+    pairs = [(1e-2, 0), (1e-1, 0), (1e8, 0), (1e-2, 1)]
+    programs = runner.compile_programs(task, "sgd")
+    alone = [runner.run(task, programs, "sgd", [pair])[0] for pair in pairs]
+    monkeypatch.setattr(runner, "together", lambda task: True)
+    found = runner.run(task, runner.compile_programs(task, "sgd"), "sgd", pairs)
+    for one, other in zip(alone, found, strict=True):
+        assert one["key"] == other["key"]
+        # Of several, nobody knows the time of one.
+        assert "seconds_per_step" not in other
+        assert one["diverged"] == other["diverged"] == (one["key"]["rate"] == 1e8)
+        for part in ("train", "validation"):
+            for column, values in one[part].items():
+                np.testing.assert_allclose(other[part][column], values, rtol=1e-3)
 
 
 def test_the_rate_is_an_argument_of_the_programs():
@@ -137,7 +155,14 @@ def test_averaged_weights_have_statistics_of_their_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *(name for name in OPTIMIZERS if name not in VARIANTS),
+        # Those with code of their own.
+        *("v_slow", "v_rows", "v_nuclear", "v_distance", "v_growing", "v_decay"),
+    ],
+)
 def test_every_optimiser_learns(optimizer):
     task = tasks.create("fcn", "smoke", steps=60, depth=3, width=32)
     programs = runner.compile_programs(task, optimizer)
@@ -305,9 +330,11 @@ def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
     assert len(taken) == 2 * 2 * 3
 
 
-@pytest.mark.parametrize("figure", ["sizes", "deep", "extremes"])
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["sizes", "deep", "extremes", "variants", "horizons", "resnet"])
 def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Sizes, "depths", (2, 3))
+    monkeypatch.setattr(spectral.Horizons, "optimizers", ("agd_spectral_averaged", "agd"))
     main(Run(figure, "smoke", tmp_path))
     assert f"Published: {FIGURES[figure].published}" in capsys.readouterr().out
     assert (tmp_path / f"{figure}-smoke.png").stat().st_size > 10_000
@@ -328,10 +355,12 @@ def test_a_figure_is_shown_before_there_are_runs(figure, tmp_path, capsys):
 
 
 def test_every_optimiser_has_a_colour_of_its_own():
-    assert runs.COLOURS.keys() == OPTIMIZERS.keys()
-    assert len(set(runs.COLOURS.values())) == len(OPTIMIZERS)
+    # Variants are in tables alone.
+    assert runs.COLOURS.keys() == OPTIMIZERS.keys() - VARIANTS.keys()
+    assert len(set(runs.COLOURS.values())) == len(runs.COLOURS)
 
 
+@pytest.mark.slow
 def test_gpt_does_not_look_ahead():
     model = GPT(7, 8, depth=2, width=16, heads=2, rngs=nnx.Rngs(0))
     tokens = np.arange(8)[None] % 7
@@ -343,6 +372,7 @@ def test_gpt_does_not_look_ahead():
     assert np.abs(one[:, 5:] - two[:, 5:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_weights_of_gpt2_are_small():
     size = {"depth": 4, "width": 128}
     model = tasks.create("gpt", "smoke", start="gpt2", **size).network(nnx.Rngs(0))
@@ -354,6 +384,7 @@ def test_the_weights_of_gpt2_are_small():
     assert deviation(model.blocks[0].query) == pytest.approx(128**-0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_vit_sees_patches_and_where_they_are():
     model = ViT((8, 12, 3), 5, depth=1, width=16, heads=2, rngs=nnx.Rngs(0))
     images = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))

@@ -178,6 +178,7 @@ EvalExamples(source, side=8)(0)
 """
 
 
+@pytest.mark.slow
 def test_files_are_opened_beyond_the_usual_limit_if_the_system_allows_it(prepared_imagenet):
     root = prepared_imagenet(count=40, shards=20)
     read = lambda soft, hard: finish(start("-c", OPEN_FILES, root, soft, hard, cwd=ROOT))

@@ -79,6 +79,7 @@ def test_every_form_is_the_same_convolution(map_size, kernel, stride, padding):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("map_size", [(16, 16), (4, 4), (2, 2)])
 def test_every_form_is_accurate_in_float32(map_size):
     window = Window(1, 1)

@@ -65,6 +65,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert set(kept) == {520, 528, best_step(result.records)}
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_through_a_resumption(tmp_path, monkeypatch):
     # As if each epoch were worse than the one before.
     accuracies = iter([0.9, 0.8, 0.7, 0.6])
@@ -183,6 +184,7 @@ def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained)
     assert newest.is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -493,6 +495,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_no_checkpoint_and_no_training(small_disk, caplog, tmp_path):
     workdir = small_disk / "run"
     fields = FIELDS | {"width": 128, "epochs": 1, "save_every": "10min"}

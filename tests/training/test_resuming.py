@@ -85,6 +85,7 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch, fields):
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_from_the_end(tmp_path):
     whole = train(TrainConfig(workdir=tmp_path / "whole", **RESIDENT))
     for epochs in (1, 3, 4, 4):

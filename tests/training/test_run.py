@@ -60,6 +60,7 @@ def test_the_seed_decides_everything(tmp_path):
     assert not same(a.state, c.state)
 
 
+@pytest.mark.slow
 def test_how_steps_are_dispatched_changes_nothing(tmp_path, monkeypatch):
     fields = {"epochs": 2, "depth": 2, "width": 16, "train_bs": 16}
     one = train(TrainConfig(workdir=tmp_path / "one", **fields))
@@ -100,6 +101,7 @@ def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_
     assert all(np.any((s != 0) & (s != 1)) for s in jax.tree.leaves(result.state.batch_stats))
 
 
+@pytest.mark.slow
 def test_steps_taken_one_by_one_are_those_of_the_loop(tmp_path, monkeypatch):
     fields = {"epochs": 2, "depth": 3, "width": 16, "test_bs": 100}
     looped = train(TrainConfig(workdir=tmp_path / "looped", **fields))

@@ -61,6 +61,7 @@ def test_imagenet_trains(tmp_path, tree):
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
 
 
+@pytest.mark.slow
 def test_a_label_means_the_class_that_it_had_in_training(tmp_path):
     """Whatever classes the tree has that a run is tested on, or goes on with."""
     whole, some, renamed = (tmp_path / name for name in ("whole", "some", "renamed"))
@@ -203,6 +204,7 @@ class SignalWhenNamed(logging.Handler):
             signal.raise_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
 def test_a_read_that_never_returns_is_named_and_a_signal_still_saves(
     tmp_path, tree, monkeypatch, split
