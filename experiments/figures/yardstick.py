@@ -116,13 +116,17 @@ class Yardstick:
         """Returns a table over tasks and optimisers, and the geometric means over the tasks."""
         rows, ratios = [], []
         for task in self.tasks(budget):
-            target, reference = self.target(task, runs), math.nan
+            target, reference, device = self.target(task, runs), None, None
             for optimizer in sorted(self.optimizers, key=lambda name: name != self.reference):
                 found = best_runs(task, optimizer, SEEDS, runs)
                 if not found:
                     continue
-                # The least, as other programs may have run beside some.
-                per_step = min(run.get("seconds_per_step", math.nan) for run in found)
+                # The least, as other programs may have run beside some; all on one kind of device.
+                alone = [run for run in found if "seconds_per_step" in run]
+                if optimizer == self.reference and alone:
+                    device = alone[0]["device"]
+                seconds = [run["seconds_per_step"] for run in alone if run["device"] == device]
+                per_step = min(seconds, default=None)
                 if optimizer == self.reference:
                     reference = per_step
                 steps = [step for run in found if (step := first(run, target))]
@@ -132,7 +136,8 @@ class Yardstick:
                     fields["steps to target"] = f"{spread(steps, ',.0f')}"
                     if len(steps) < len(found):
                         fields["steps to target"] += f", {len(steps)} of {len(found)} runs"
-                    fields["seconds to target"] = f"{mean * per_step:.1f}"
+                    if per_step:
+                        fields["seconds to target"] = f"{mean * per_step:.1f}"
                 rows.append(fields)
                 if math.isnan(target):
                     continue
@@ -140,7 +145,8 @@ class Yardstick:
                 ratio["loss"] = statistics.fmean(map(final, found)) / target
                 if len(steps) == len(found):
                     ratio["steps"] = mean / task.steps
-                    ratio["seconds"] = ratio["steps"] * per_step / reference
+                    if per_step and reference:
+                        ratio["seconds"] = ratio["steps"] * per_step / reference
                 ratios.append(ratio)
         return [table(rows), self.means(ratios)]
 
@@ -160,8 +166,9 @@ class Yardstick:
             of_it = [ratio for ratio in ratios if ratio["optimiser"] == optimizer]
             fields: dict[str, Any] = {"optimiser": optimizer, "tasks": len(of_it)}
             reached = [ratio for ratio in of_it if "steps" in ratio]
+            timed = [ratio for ratio in of_it if "seconds" in ratio]
             fields["target reached on"] = len(reached)
-            for column, those in (("loss", of_it), ("steps", reached), ("seconds", reached)):
+            for column, those in (("loss", of_it), ("steps", reached), ("seconds", timed)):
                 if those:
                     mean = statistics.geometric_mean(ratio[column] for ratio in those)
                     fields[f"{column}, of the reference's"] = f"{mean:.3f}"

@@ -190,11 +190,11 @@ def paper_network(
     *,
     rngs: nnx.Rngs,
     dtype: str = "float32",
-    **options: int,
+    **options: Any,
 ) -> nnx.Module:
     """Returns a network of the paper, which computes in a dtype."""
-    types: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.float32}
-    return create(name, image_shape, num_classes, rngs=rngs, **types, **options)
+    options |= {"dtype": jnp.dtype(dtype), "param_dtype": jnp.float32}
+    return create(name, image_shape, num_classes, rngs=rngs, **options)
 
 
 # The paper's fully connected network, with its mean squared error.

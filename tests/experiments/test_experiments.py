@@ -32,6 +32,7 @@ def fake(need, losses, **fields):
         "validation": columns | {"accuracy": [0.5] * len(losses)},
         "diverged": False,
         "seconds_per_step": 0.1,
+        "device": "cpu",
     } | fields
 
 
