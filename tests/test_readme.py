@@ -124,13 +124,16 @@ def scanned():
 
 @pytest.mark.slow
 def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
-    step, use, geometry, partition = blocks("python")
+    step, averaged, use, geometry, partition = blocks("python")
     names = {}
     exec(step, names)
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 784)), rng.normal(size=(32, 10))
     dense, opt_state = names["step"](names["params"], names["opt_state"], x, y)
     assert opt_state.eta > 0
+    averages = names | {"params": dense}
+    exec(averaged, averages)
+    jax.tree.map(np.testing.assert_array_equal, averages["evaluated"], dense)
     apply, params, x = scanned()
     exec(geometry, names | {"apply": apply, "params": params, "example_inputs": [x]})
     assert str(agd_jax.geometry_of(apply, params, x)) in README
