@@ -332,7 +332,7 @@ def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", ["sizes", "deep", "extremes", "variants", "horizons", "resnet"])
+@pytest.mark.parametrize("figure", ["sizes", "deep", "extremes", "variants", "horizons"])
 def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Sizes, "depths", (2, 3))
     monkeypatch.setattr(spectral.Horizons, "optimizers", ("agd_spectral_averaged", "agd"))

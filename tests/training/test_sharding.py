@@ -42,7 +42,6 @@ def five_steps(*arguments):
         pytest.param("resnet18", "f64", "frobenius", MESHES[:2], marks=pytest.mark.slow),
         pytest.param("resnet18", "f64", "spectral", MESHES[:1], marks=pytest.mark.slow),
         pytest.param("vit", "f64", "frobenius", MESHES[:2], marks=pytest.mark.slow),
-        pytest.param("vit", "f64", "spectral", MESHES[:1], marks=pytest.mark.slow),
     ],
 )
 def test_training_is_the_same_on_every_mesh(arch, precision, norm, meshes):
