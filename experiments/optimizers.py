@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import optax
 from optax import contrib
 
 import agd_jax
+from experiments import variants
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -133,17 +135,16 @@ def agd(
     return agd_jax.averaged(tx) if average else tx
 
 
-def variant(**settings: Any) -> Optimizer:
-    """Returns spectral AGD with averaged weights and some changes."""
-    from experiments import variants
-
-    averaged = agd_jax.averaged_params if settings.get("average", True) else None
+def of_agd(make: Callable[..., Any] = agd, **settings: Any) -> Optimizer:
+    """Returns AGD with some settings, from orthogonal weights unless they say otherwise."""
+    # All variants average.
+    averages = settings.get("average", make is variants.spectral)
     return Optimizer(
-        without_rate(variants.spectral),
+        without_rate(make),
         {"revision": 1, **settings},
         geometry=True,
-        orthogonal=True,
-        averaged=averaged,
+        orthogonal=settings.get("start", "orthogonal") == "orthogonal",
+        averaged=agd_jax.averaged_params if averages else None,
     )
 
 
@@ -151,36 +152,14 @@ ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
 MUON = (3e-3, 1e-2, 3e-2, 1e-1)
 
 OPTIMIZERS = {
-    "agd": Optimizer(without_rate(agd), {"revision": 1}, geometry=True, orthogonal=True),
+    "agd": of_agd(),
     # The paper's share of each layer, whatever the network.
-    "agd_tensors": Optimizer(
-        without_rate(agd), {"revision": 1, "depth": "tensors"}, geometry=True, orthogonal=True
-    ),
-    "agd_own_start": Optimizer(without_rate(agd), {"revision": 1, "start": "flax"}, geometry=True),
-    "agd_averaged": Optimizer(
-        without_rate(agd),
-        {"revision": 1, "average": True},
-        geometry=True,
-        orthogonal=True,
-        averaged=agd_jax.averaged_params,
-    ),
-    "agd_momentum": Optimizer(
-        without_rate(agd),
-        {"revision": 2, "momentum": 0.95, "average": True},
-        geometry=True,
-        orthogonal=True,
-        averaged=agd_jax.averaged_params,
-    ),
-    "agd_spectral": Optimizer(
-        without_rate(agd), {"revision": 1, "norm": "spectral"}, geometry=True, orthogonal=True
-    ),
-    "agd_spectral_averaged": Optimizer(
-        without_rate(agd),
-        {"revision": 1, "norm": "spectral", "average": True},
-        geometry=True,
-        orthogonal=True,
-        averaged=agd_jax.averaged_params,
-    ),
+    "agd_tensors": of_agd(depth="tensors"),
+    "agd_own_start": of_agd(start="flax"),
+    "agd_averaged": of_agd(average=True),
+    "agd_momentum": of_agd(revision=2, momentum=0.95, average=True),
+    "agd_spectral": of_agd(norm="spectral"),
+    "agd_spectral_averaged": of_agd(norm="spectral", average=True),
     "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "adam": Optimizer(constant(optax.adam), rates=ADAM),
     "adamw": Optimizer(constant(optax.adamw), {"weight_decay": 1e-4}, ADAM),
@@ -213,6 +192,7 @@ OPTIMIZERS = {
     "mechanic": Optimizer(without_rate(lambda: contrib.mechanize(optax.adamw(1.0)))),
 }
 
+variant = functools.partial(of_agd, variants.spectral)
 VARIANTS = {
     "v_base": variant(),
     "v_tensors": variant(summary="tensors"),

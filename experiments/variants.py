@@ -43,9 +43,8 @@ def spectral(
     nuclear: bool = False,
     distance: bool = False,
     decay: float = 0.0,
-    average: bool = True,
 ) -> optax.GradientTransformation:
-    """Returns spectral AGD with changes.
+    """Returns spectral AGD with averaged weights and changes.
 
     Args:
       revision: a higher one has its runs taken again.
@@ -66,7 +65,6 @@ def spectral(
       distance: bounds eta by the distance from the start over the root of the step, for each
         tensor (arXiv:2605.18999).
       decay: weight decay, as a part of each step.
-      average: evaluates averaged weights.
     """
     flat = geometry.layouts
     if whole_kernels:
@@ -160,8 +158,7 @@ def spectral(
         updates = jax.tree.map(step, layouts, factors, units, duals, likes, own, farthest)
         return updates, State(count, mean, eta, summed, squares, state.start, farthest)
 
-    tx = optax.GradientTransformation(init, update)
-    return agd_jax.averaged(tx) if average else tx
+    return agd_jax.averaged(optax.GradientTransformation(init, update))
 
 
 def _whole(one: Layout) -> Layout:
