@@ -22,6 +22,9 @@ elif "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(MIN_SECONDS)
 
+# Most programs of the tests run for less time than XLA takes to optimise them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+
 
 @pytest.fixture
 def one_at_a_time(tmp_path_factory):
