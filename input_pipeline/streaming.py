@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import absl.flags
@@ -167,7 +168,7 @@ class TrainExamples:
 
 @dataclasses.dataclass(frozen=True)
 class EvalExamples:
-    """Makes test examples, and padding past the last.
+    """Makes examples as tests see them, and padding past the last.
 
     Attributes:
       source: the source of the records.
@@ -223,18 +224,26 @@ def train_stream(
 def eval_stream(
     spec: DatasetSpec,
     source: Source,
+    records: Sequence[int] | np.ndarray | None = None,
     *,
     batch_size: int,
     sharding: jax.sharding.Sharding,
     workers: int,
 ) -> grain.DatasetIterator[Streamed]:
-    """Returns the test batches, in the order of the source, repeated without end.
+    """Returns batches without augmentation, repeated without end.
 
-    Each round has every example once. The last batch of a round is filled with padding of weight
-    zero. The arguments are those of :func:`train_stream`.
+    Args:
+      spec: as in :func:`train_stream`, like the others.
+      source: the source of the records.
+      records: the numbers of the records of a round, in order, which fill batches; None means each
+        record once, in the order of the source, and then padding of weight zero.
+      batch_size: examples per batch, over all processes.
+      sharding: the sharding of the batch over the devices.
+      workers: the number of processes that decode.
     """
-    round_size = -(-source.size // batch_size) * batch_size
-    order = grain.MapDataset.range(round_size).repeat(reseed_each_epoch=False)
+    if records is None:
+        records = range(-(-source.size // batch_size) * batch_size)
+    order = grain.MapDataset.source(records).repeat(reseed_each_epoch=False)
     examples = EvalExamples(source, spec.image_shape[0])
     return _stream(order.map(examples), batch_size, sharding, workers)
 

@@ -44,6 +44,7 @@ IDENTITY = (
     "bn_group",
     "norm",
     "gain",
+    "average",
     "seed",
     "image_size",
     "mean",
@@ -90,6 +91,8 @@ class TrainConfig:
     """The norm of a step: the paper's, or the operator norm, with momentum."""
     gain: float = 1.0
     """Multiplies every update; 1 is AGD, 10 an experiment."""
+    average: bool = False
+    """Average the weights along the run, and test, export and load the averaged network."""
     seed: int = 0
     """Fixes starting weights, order and augmentation."""
     image_size: Annotated[int | None, _flag(("PIXELS",), "224")] = None
@@ -325,9 +328,9 @@ class TrainConfig:
         for name in names:
             ours, theirs = getattr(self, name), getattr(saved, name)
             if ours != theirs:
-                has = f"without --{name}" if theirs is None else f"with --{name} {theirs}"
+                has = f"without --{name}" if theirs is None else f"with {_given(name, theirs)}"
                 raise ConfigError(
-                    f"--{name} {ours}: {self.workdir} holds a run {has}; give "
+                    f"{_given(name, ours)}: {self.workdir} holds a run {has}; give "
                     + ("that" if self.eval_only else "that, another --workdir, or --restart")
                 )
 
@@ -356,6 +359,13 @@ class TrainConfig:
             return from_json(cls, fields)
         except ValueError as error:
             raise ConfigError(f"the saved config {error}") from error
+
+
+def _given(name: str, value: object) -> str:
+    """Returns a flag as a user gives it."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return f"--{name} {value}"
 
 
 def _choose(flag: str, given: str | None, choices: tuple[str, ...]) -> None:

@@ -36,6 +36,8 @@ class Options:
     """The file to write."""
     which: Annotated[Literal["best", "last"], tyro.conf.arg(metavar="best|last")] = "best"
     """The checkpoint of the best epoch, or the last one."""
+    plain: bool = False
+    """Of a run with --average, the last weights and not their average."""
 
 
 def metadata(trained: "Trained") -> dict[str, str]:
@@ -63,13 +65,16 @@ def metadata(trained: "Trained") -> dict[str, str]:
     return {name: json.dumps(fact) for name, fact in facts.items()}
 
 
-def export(workdir: epath.PathLike, file: Path, which: "Which" = "best") -> int:
+def export(
+    workdir: epath.PathLike, file: Path, which: "Which" = "best", plain: bool = False
+) -> int:
     """Writes the file, whole or not at all.
 
     Args:
       workdir: the folder of the run.
       file: the file to write; an existing file is replaced.
       which: "best" or "last", as in :func:`training.checkpoints.load`.
+      plain: whether the last weights of a run with ``--average`` are meant, likewise.
 
     Returns:
       The number of tensors.
@@ -86,7 +91,7 @@ def export(workdir: epath.PathLike, file: Path, which: "Which" = "best") -> int:
 
     from training.checkpoints.reading import load_all
 
-    trained = load_all(workdir, which)
+    trained = load_all(workdir, which, plain)
     state = nnx.to_flat_state(nnx.state(trained.model, (nnx.Param, nnx.BatchStat)))
     tensors = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
     partial = file.with_name(file.name + ".partial")
@@ -107,7 +112,7 @@ def main() -> int:
     # Writing arrays to a file needs no accelerator, which may be busy.
     jax.config.update("jax_platforms", "cpu")
     try:
-        count = export(options.workdir, options.file, options.which)
+        count = export(options.workdir, options.file, options.which, options.plain)
     except ConfigError as error:
         complain(f"error: {error}")
         return 2

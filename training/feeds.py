@@ -11,7 +11,7 @@ import logging
 import multiprocessing
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,7 +29,8 @@ from input_pipeline.specs import DatasetSpec
 from training import metrics, sharding
 from training.metrics import Metrics, TrainMetrics
 from training.signals import PATIENCE_SECONDS, Request
-from training.state import TrainState
+from training.state import Arrays as State
+from training.state import Model, TrainState
 
 if TYPE_CHECKING:
     from input_pipeline.streaming import Source, Sources, Stream, Streamed
@@ -39,8 +40,12 @@ log = logging.getLogger(__name__)
 # How often a feed that waits for data looks whether the run is asked to end.
 POLL_SECONDS = 0.5
 
+# How many training images the statistics of BatchNorm are taken of, at least a batch.
+STATISTICS_IMAGES = 4096
+
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]
-EvalStep = Callable[[TrainState, Batch], Metrics]
+EvalStep = Callable[[Model, Batch], Metrics]
+StatisticsStep = Callable[[State, State, Batch, jax.Array], State]
 
 
 class Stalled(Exception):  # noqa: N818, nothing went wrong
@@ -86,8 +91,19 @@ class Feed(Protocol):
           Stalled: if they do not come, and the run is asked to end.
         """
 
-    def evaluate(self, state: TrainState) -> Metrics:
-        """Returns the metrics of the test set, each example counted once.
+    def evaluate(self, models: Sequence[Model]) -> list[Metrics]:
+        """Returns the metrics of each network on the test set, each example counted once.
+
+        Raises:
+          DataError: if the data can no longer be read.
+          Stalled: if they do not come, and the run is asked to end.
+        """
+
+    def with_statistics(self, model: Model) -> Model:
+        """Returns a copy of a network in which BatchNorm has statistics of its own.
+
+        These are means over batches of training images, the same ones each time, spread evenly over
+        the training set, and seen as test images are.
 
         Raises:
           DataError: if the data can no longer be read.
@@ -125,6 +141,17 @@ class _OnMesh:
         return self._zero_metrics
 
 
+def statistics_images(size: int, batch_size: int) -> np.ndarray:
+    """Returns the numbers of the training images that BatchNorm's statistics are taken of.
+
+    Args:
+      size: the size of the training set.
+      batch_size: the size of the batches, which these images fill.
+    """
+    count = max(1, min(STATISTICS_IMAGES, size) // batch_size) * batch_size
+    return np.arange(count) * size // count
+
+
 class ResidentFeed(_OnMesh):
     """Trains and evaluates on data that each device holds, with the batches made inside jit.
 
@@ -144,6 +171,7 @@ class ResidentFeed(_OnMesh):
         *,
         train_step: TrainStep,
         eval_step: EvalStep,
+        statistics_step: StatisticsStep | None,
         key: jax.Array,
         train_bs: int,
         test_bs: int,
@@ -159,6 +187,8 @@ class ResidentFeed(_OnMesh):
           data: the arrays of the data set, on the host.
           train_step: the function in :mod:`training.step`, without its static arguments.
           eval_step: the function in :mod:`training.step`, without its static arguments.
+          statistics_step: the function in :mod:`training.step`, without its static arguments, where
+            it is needed.
           key: the random key for shuffling and augmentation.
           train_bs: examples per training batch.
           test_bs: examples per test batch.
@@ -168,6 +198,7 @@ class ResidentFeed(_OnMesh):
           convolutional: whether the network has convolutions.
         """
         self.steps_per_epoch = len(data.train.labels) // train_bs
+        self._train_bs = train_bs
         self._eval_steps = -(-len(data.test.labels) // test_bs)
         super().__init__(mesh, dtype)
         everywhere, over_batch = self._everywhere, self._over_batch
@@ -177,6 +208,7 @@ class ResidentFeed(_OnMesh):
         self._shuffle_key, self._augment_key = jax.random.split(key)
         self._order_of_epoch: tuple[int, jax.Array] | None = None
         self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
+        self._statistics_images = statistics_images(len(data.train.labels), train_bs)
 
         def shuffle(key: jax.Array, epoch: jax.Array) -> jax.Array:
             return resident.epoch_order(key, epoch, len(data.train.labels))
@@ -205,16 +237,26 @@ class ResidentFeed(_OnMesh):
                 (state, sums),
             )
 
-        def score(state: TrainState, sums: Metrics, split: Split, index: jax.Array) -> Metrics:
+        def score(model: Model, sums: Metrics, split: Split, index: jax.Array) -> Metrics:
             batch = resident.eval_batch(spec, split, index, test_bs, dtype)
             batch = jax.lax.with_sharding_constraint(batch, over_batch)
-            return metrics.add(sums, eval_step(state, batch))
+            return metrics.add(sums, eval_step(model, batch))
 
-        def scores(state: TrainState, sums: Metrics, split: Split, stop: jax.Array) -> Metrics:
-            one = lambda index, sums: score(state, sums, split, index)
+        def scores(model: Model, sums: Metrics, split: Split, stop: jax.Array) -> Metrics:
+            one = lambda index, sums: score(model, sums, split, index)
             total: Metrics = jax.lax.fori_loop(0, stop, one, sums)
             return total
 
+        def statistics(
+            params: State, mean: State, split: Split, chosen: jax.Array, number: jax.Array
+        ) -> State:
+            assert statistics_step is not None
+            images = normalise(spec, split.images[chosen], dtype)
+            batch = Batch(images, split.labels[chosen], jnp.ones(train_bs, dtype))
+            batch = jax.lax.with_sharding_constraint(batch, over_batch)
+            return statistics_step(params, mean, batch, number)
+
+        self._statistics = statistics_step and jax.jit(statistics, out_shardings=everywhere)
         self._shuffle = jax.jit(shuffle, out_shardings=everywhere)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
         self._steps = jax.jit(steps, donate_argnums=0, out_shardings=(shardings, everywhere))
@@ -225,14 +267,17 @@ class ResidentFeed(_OnMesh):
         """Compiles every program, to keep that time out of the epochs. The state is donated."""
         order, sums = self._order_of(0), self._zero_metrics
         train, test = self._train, self._test
+        if self._statistics:
+            chosen = self._statistics_images[: self._train_bs]
+            self._statistics(state.params, state.batch_stats, train, chosen, 1)
         if self._one_by_one:
             # To call the step is to take it, so it is taken on a copy of the state.
             self._step(jax.tree.map(jnp.copy, state), sums, train, order, self._augment_key)
-            self._score(state, self._zero_eval_metrics, test, 0)
+            self._score(state.model, self._zero_eval_metrics, test, 0)
         else:
             # Loops of no steps.
             state, _ = self._steps(state, sums, train, order, self._augment_key, 0)
-            self._scores(state, self._zero_eval_metrics, test, 0)
+            self._scores(state.model, self._zero_eval_metrics, test, 0)
         ready: TrainState = jax.block_until_ready(state)
         return ready
 
@@ -255,15 +300,27 @@ class ResidentFeed(_OnMesh):
             state, sums = self._step(state, sums, self._train, order, self._augment_key)
         return state, sums
 
-    def evaluate(self, state: TrainState) -> Metrics:
-        """Returns the metrics of the test set, each example counted once."""
+    def evaluate(self, models: Sequence[Model]) -> list[Metrics]:
+        """Returns the metrics of each network on the test set, each example counted once."""
+        return list(map(self._evaluate, models))
+
+    def _evaluate(self, model: Model) -> Metrics:
         sums: Metrics = self._zero_eval_metrics
         if not self._one_by_one:
-            sums = self._scores(state, sums, self._test, self._eval_steps)
+            sums = self._scores(model, sums, self._test, self._eval_steps)
         else:
             for index in range(self._eval_steps):
-                sums = self._score(state, sums, self._test, index)
+                sums = self._score(model, sums, self._test, index)
         return sums
+
+    def with_statistics(self, model: Model) -> Model:
+        """Returns a copy of a network in which BatchNorm has statistics of its own."""
+        mean = model["batch_stats"]
+        if self._statistics:
+            batches = self._statistics_images.reshape(-1, self._train_bs)
+            for number, chosen in enumerate(batches, 1):
+                mean = self._statistics(model["params"], mean, self._train, chosen, number)
+        return sharding.copy({**model, "batch_stats": mean})
 
     def iterator_state(self) -> dict[str, Any]:
         """Returns an empty dict: the position in the data follows from the step."""
@@ -347,10 +404,12 @@ class StreamedFeed(_OnMesh):
         spec: DatasetSpec,
         train: Stream,
         test: Stream,
+        statistics: Stream | None,
         sources: Sources,
         *,
         train_step: TrainStep,
         eval_step: EvalStep,
+        statistics_step: StatisticsStep | None,
         train_bs: int,
         test_bs: int,
         dtype: jax.typing.DTypeLike,
@@ -363,9 +422,12 @@ class StreamedFeed(_OnMesh):
           spec: the spec of the data set.
           train: the training batches, from :func:`input_pipeline.streaming.train_stream`.
           test: the test batches, from :func:`input_pipeline.streaming.eval_stream`.
-          sources: the sources of both, used to name their records.
+          statistics: batches of :func:`statistics_images`, from the same, where they are needed.
+          sources: the sources of the splits, used to name their records.
           train_step: the function in :mod:`training.step`, without its static arguments.
           eval_step: the function in :mod:`training.step`, without its static arguments.
+          statistics_step: the function in :mod:`training.step`, without its static arguments, where
+            it is needed.
           train_bs: examples per training batch.
           test_bs: examples per test batch.
           dtype: the dtype of the images that the network is given, and of the metrics.
@@ -375,7 +437,8 @@ class StreamedFeed(_OnMesh):
         self.steps_per_epoch = sources.train.size // train_bs
         self._eval_steps = -(-sources.test.size // test_bs)
         self._spec, self._sources = spec, sources
-        self._train, self._test = train, test
+        self._train, self._test, self._statistics_batches = train, test, statistics
+        self._statistics_steps = len(statistics_images(sources.train.size, train_bs)) // train_bs
         self._batch_sizes = train_bs, test_bs
         super().__init__(mesh, dtype)
         self._steps_taken = 0
@@ -383,19 +446,28 @@ class StreamedFeed(_OnMesh):
         self._reported: set[str] = set()
         self._step: Any = streamed_step(spec, train_step, dtype, mesh, shardings)
 
-        def score(state: TrainState, sums: Metrics, batch: Batch) -> Metrics:
-            return metrics.add(sums, eval_step(state, _prepared(spec, batch, dtype)))
+        def score(model: Model, sums: Metrics, batch: Batch) -> Metrics:
+            return metrics.add(sums, eval_step(model, _prepared(spec, batch, dtype)))
+
+        def statistics_of(params: State, mean: State, batch: Batch, number: jax.Array) -> State:
+            assert statistics_step is not None
+            return statistics_step(params, mean, _prepared(spec, batch, dtype), number)
 
         self._score: Any = jax.jit(score, out_shardings=self._everywhere)
+        self._statistics: Any = jax.jit(statistics_of, out_shardings=self._everywhere)
 
     def compile(self, state: TrainState) -> TrainState:
-        """Compiles both programs while the first batches are being decoded."""
+        """Compiles every program while the first batches are being decoded."""
         self._train.start_prefetch()
         self._test.start_prefetch()
         like = lambda size: abstract_batch(self._spec, size, self._over_batch)
         train, test = map(like, self._batch_sizes)
         self._step = self._step.lower(state, self._zero_metrics, train).compile()
-        self._score = self._score.lower(state, self._zero_eval_metrics, test).compile()
+        self._score = self._score.lower(state.model, self._zero_eval_metrics, test).compile()
+        if self._statistics_batches:
+            self._statistics_batches.start_prefetch()
+            arrays = state.params, state.batch_stats
+            self._statistics = self._statistics.lower(*arrays, train, 1).compile()
         ready: TrainState = jax.block_until_ready(state)
         return ready
 
@@ -420,14 +492,24 @@ class StreamedFeed(_OnMesh):
             self._steps_taken += 1
         return state, sums
 
-    def evaluate(self, state: TrainState) -> Metrics:
-        """Returns the metrics of the test set, each example counted once."""
-        sums = self._zero_eval_metrics
+    def evaluate(self, models: Sequence[Model]) -> list[Metrics]:
+        """Returns the metrics of each network on the test set, each example counted once."""
+        sums = [self._zero_eval_metrics for _ in models]
         for _ in range(self._eval_steps):
             batch, unreadable = self._next(self._test)
             self._report(self._sources.test, unreadable)
-            sums = self._score(state, sums, batch)
+            sums = [self._score(m, s, batch) for m, s in zip(models, sums, strict=True)]
         return sums
+
+    def with_statistics(self, model: Model) -> Model:
+        """Returns a copy of a network in which BatchNorm has statistics of its own."""
+        mean = model["batch_stats"]
+        if self._statistics_batches:
+            for number in range(1, self._statistics_steps + 1):
+                batch, unreadable = self._next(self._statistics_batches)
+                self._report(self._sources.train, unreadable)
+                mean = self._statistics(model["params"], mean, batch, number)
+        return sharding.copy({**model, "batch_stats": mean})
 
     def iterator_state(self) -> dict[str, Any]:
         """Returns the position in the training data after the last step, as JSON values."""
@@ -455,8 +537,9 @@ class StreamedFeed(_OnMesh):
         closing.join(PATIENCE_SECONDS)
 
     def _close(self) -> None:
-        self._train.close()
-        self._test.close()
+        for stream in (self._train, self._test, self._statistics_batches):
+            if stream:
+                stream.close()
         # Frames of finished threads hold Grain's shared memory in reference cycles.
         gc.collect()
 

@@ -63,7 +63,8 @@ def train_epoch(
     start, steps, votes = time.perf_counter() - seconds, 1, multihost.LateAgreement()
 
     def now() -> Snapshot:
-        return Snapshot(step, state, sums, seconds, begun.records, feed.iterator_state())
+        position = feed.iterator_state()
+        return Snapshot(step, state, sums, seconds, begun.records, position, begun.averaged)
 
     while step < last:
         step = int(min(step + steps, last, saver.next_step(step)))
@@ -105,12 +106,18 @@ def eval_epoch(
     request: signals.Request,
 ) -> Snapshot:
     """Evaluates at the end of an epoch, out of ``epochs`` in all, and completes its record."""
+    models, averaged = [trained.state.model], None
     try:
-        sums = feed.evaluate(trained.state)
+        if average := trained.state.averaged:
+            averaged = feed.with_statistics(average)
+            models = [averaged, *models]
+        sums = feed.evaluate(models)
     except Stalled:
         keep(saver, trained, request.signum, stalled=True)
-    eval_sums, train_sums = jax.device_get((sums, trained.sums))
+    (eval_sums, *plain_sums), train_sums = jax.device_get((sums, trained.sums))
     averages, tested = metrics.train_averages(train_sums), metrics.averages(eval_sums)
+    for plain in map(metrics.averages, plain_sums):
+        averages |= {f"plain_test_{name}": value for name, value in plain.items()}
     unreadable = feed.unreadable(train_sums.sums, eval_sums)
     decoded = float(train_sums.sums.examples + eval_sums.examples)
     if unreadable and unreadable > MAX_UNREADABLE * (unreadable + decoded):
@@ -133,7 +140,11 @@ def eval_epoch(
     )
     reporter.epoch(record)
     snapshot = dataclasses.replace(
-        trained, sums=feed.zero_metrics(), seconds=0, records=[*trained.records, record]
+        trained,
+        sums=feed.zero_metrics(),
+        seconds=0,
+        records=[*trained.records, record],
+        averaged=averaged,
     )
     is_best, final = best(snapshot.records) is record, record.epoch == epochs
     signum, save, _ = multihost.agree(request.signum, saver.overdue(is_best), 1)

@@ -30,6 +30,9 @@ class EpochRecord:
       seconds: the time that the training steps took, in seconds.
       images_per_second: the number of training images per second of that time.
       unreadable: the number of images that could not be read; only for streamed data.
+      plain_test_loss: the mean loss over the test set of the network without averaging; only with
+        ``--average``, where ``test_loss`` and ``test_accuracy`` are those of the averaged network.
+      plain_test_accuracy: its accuracy over the test set, 0 to 1.
     """
 
     epoch: int
@@ -45,6 +48,8 @@ class EpochRecord:
     seconds: float
     images_per_second: float
     unreadable: int | None = None
+    plain_test_loss: float | None = None
+    plain_test_accuracy: float | None = None
 
     def to_json(self) -> dict[str, int | float]:
         """Returns the fields by name, without those that do not apply."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -25,12 +24,20 @@ from training.checkpoints import reading
 from training.checkpoints.saving import Saver, Snapshot
 from training.config import IDENTITY, OWN, TrainConfig
 from training.errors import ConfigError
-from training.feeds import EvalStep, Feed, ResidentFeed, StreamedFeed, TrainStep
+from training.feeds import (
+    EvalStep,
+    Feed,
+    ResidentFeed,
+    StatisticsStep,
+    StreamedFeed,
+    TrainStep,
+    statistics_images,
+)
 from training.records import EpochRecord
 from training.reporting import console
 from training.reporting.console import EvalResult
 from training.reporting.reporter import Reporter, SilentReporter
-from training.state import Graph, TrainState
+from training.state import Graph, Model, TrainState
 from training.step import LOSSES, Loss
 
 if TYPE_CHECKING:
@@ -51,12 +58,14 @@ class Result:
       records: its epochs.
       graphdef: ``nnx.merge(graphdef, state.params, state.batch_stats)`` is the network.
       state: the training state after the last step.
+      averaged: the averaged network, with ``--average``.
     """
 
     workdir: epath.Path
     records: list[EpochRecord]
     graphdef: Graph
     state: TrainState
+    averaged: Model | None
 
 
 class Plan(NamedTuple):
@@ -91,6 +100,13 @@ class Plan(NamedTuple):
     def eval_step(self) -> EvalStep:
         """An evaluation step, likewise."""
         return functools.partial(step.eval_step, self.graphdef, self._loss)
+
+    @property
+    def statistics_step(self) -> StatisticsStep | None:
+        """A step that takes statistics of BatchNorm, likewise, if they are taken."""
+        if not (self.config.average and jax.tree.leaves(self.abstract_state.batch_stats)):
+            return None
+        return functools.partial(step.statistics_step, self.graphdef)
 
     @property
     def dtype(self) -> jax.typing.DTypeLike:
@@ -150,7 +166,7 @@ def train(config: TrainConfig) -> Result:
             reporter.compiling()
             snapshot = snapshot or _beginning(plan, feed)
             snapshot = loop.train_epochs(feed, snapshot, config.epochs, reporter, saver)
-    return Result(folder, snapshot.records, plan.graphdef, snapshot.state)
+    return Result(folder, snapshot.records, plan.graphdef, snapshot.state, snapshot.averaged)
 
 
 def evaluate(given: TrainConfig) -> list[EvalResult]:
@@ -183,24 +199,28 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
 
 
 def _evaluate(plan: Plan, feed: Feed, folder: epath.Path) -> list[EvalResult]:
-    target = plan.abstract_state.model
+    names = ("averaged", "model") if plan.config.average else ("model",)
+    target = dict.fromkeys(names, plan.abstract_state.model)
 
-    def result(which: reading.Which, saved: reading.Saved) -> EvalResult:
-        sums = feed.evaluate(TrainState(step=jnp.int32(saved.step), opt_state=(), **saved.model))
-        averages = metrics.averages(jax.device_get(sums))
+    def results(which: reading.Which, saved: reading.Saved) -> list[EvalResult]:
         epochs = saved.step / (saved.run.sizes[0] // plan.config.train_bs)
-        return EvalResult(which, saved.step, epochs, **averages)
+        labels = (which, f"{which} plain")
+        sums = jax.device_get(feed.evaluate([saved.models[name] for name in names]))
+        return [
+            EvalResult(label, saved.step, epochs, **metrics.averages(each))
+            for label, each in zip(labels, sums, strict=False)
+        ]
 
     saved = reading.read_last(folder, target)
-    last = result("last", saved)
+    last = results("last", saved)
     try:
         best = reading.read_best(folder, target, saved)
     except ConfigError as error:
         log.warning("%s", error)
-        return [last]
-    if best.step == last.step:
-        return [last._replace(which="best"), last]
-    return [result("best", best), last]
+        return last
+    if best.step != saved.step:
+        return results("best", best) + last
+    return [each._replace(which=each.which.replace("last", "best")) for each in last] + last
 
 
 def start(config: TrainConfig) -> None:
@@ -291,6 +311,7 @@ def make_feed(plan: Plan, data: "Arrays | Sources") -> Feed:
     common: dict[str, Any] = {
         "train_step": plan.train_step,
         "eval_step": plan.eval_step,
+        "statistics_step": plan.statistics_step,
         "train_bs": config.train_bs,
         "test_bs": config.test_bs,
         "dtype": plan.dtype,
@@ -309,14 +330,15 @@ def make_feed(plan: Plan, data: "Arrays | Sources") -> Feed:
     )
 
 
-def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
-    """The training and the test batches of a large data set."""
+def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream, Stream | None]":
+    """The training and the test batches of a large data set, and those for statistics if any."""
     from input_pipeline import streaming
 
     config, split = plan.config, sharding.over_batch(plan.mesh)
     if config.spec.loader == "noise":
         noise = functools.partial(streaming.NoiseStream, config.spec, sharding=split)
-        return noise(config.train_bs), noise(config.test_bs)
+        batches = noise(config.train_bs)
+        return batches, noise(config.test_bs), batches if plan.statistics_step else None
     # Counted and checked in every process, since --workers and hosts may differ.
     host = socket.gethostname()
     on_host = multihost.count_alike(host)
@@ -337,7 +359,17 @@ def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream]":
     evaluation = streaming.eval_stream(
         config.spec, data.test, batch_size=config.test_bs, sharding=split, workers=workers
     )
-    return train, evaluation
+    if not plan.statistics_step:
+        return train, evaluation, None
+    statistics = streaming.eval_stream(
+        config.spec,
+        data.train,
+        statistics_images(data.train.size, config.train_bs),
+        batch_size=config.train_bs,
+        sharding=split,
+        workers=0,  # Threads, as it is idle but for an evaluation.
+    )
+    return train, evaluation, statistics
 
 
 def _check_shared_memory(config: TrainConfig, workers: int, images: int) -> None:
@@ -391,7 +423,7 @@ def describe(
         "network": f"{config.arch}, {sum(p.size for p in leaves):,} parameters in "
         f"{len(leaves)} tensors",
         "training": f"{config.epochs} epochs of {batches}, {config.loss}, {config.precision}, "
-        f"seed {config.seed}",
+        f"seed {config.seed}" + (", weights averaged" if config.average else ""),
     }
     if saved:
         done = f"{len(saved.records)} epochs done"

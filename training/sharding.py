@@ -18,6 +18,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from training.config import MESH_AXES, TrainConfig
@@ -119,6 +120,13 @@ def make(sharding: NamedSharding, build: Callable[[], T]) -> T:
     """
     arrays: T = jax.jit(build, out_shardings=sharding)()
     return arrays
+
+
+def copy(tree: T) -> T:
+    """Copies arrays on the devices, so that the originals can be donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, tree)
+    copies: T = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)(tree)
+    return copies
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # The static part of a network, and a tree of its arrays.
 Graph = nnx.GraphDef[nnx.Module]
 Arrays = nnx.State[Any, Any]
+# All arrays of a network, as a checkpoint has them: {"params": ..., "batch_stats": ...}.
+Model = dict[str, Arrays]
 
 # --precision -> (dtype of the network's arithmetic, dtype of everything else).
 DTYPES = {
@@ -50,9 +52,20 @@ class TrainState:
     opt_state: optax.OptState
 
     @property
-    def model(self) -> dict[str, Arrays]:
-        """The arrays of the network alone, as the item ``model`` of a checkpoint has them."""
+    def model(self) -> Model:
+        """The arrays of the network alone."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def averaged(self) -> Model | None:
+        """The averaged weights, if there are any, with the running averages of the plain ones."""
+        import agd_jax
+        from agd_jax.averaging import AverageState
+
+        if not isinstance(self.opt_state, AverageState):
+            return None
+        params = agd_jax.averaged_params(self.opt_state, self.params)
+        return {"params": params, "batch_stats": self.batch_stats}
 
 
 def create_network(config: TrainConfig) -> nnx.Module:
@@ -103,7 +116,8 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     geometry = _geometry(config)
     if config.norm == "frobenius" and config.arch != "vit":
         geometry = geometry.with_depth(None)  # The paper's networks, as in the paper.
-    return agd_jax.agd(geometry=geometry, norm=cast("Norm", config.norm), gain=config.gain)
+    tx = agd_jax.agd(geometry=geometry, norm=cast("Norm", config.norm), gain=config.gain)
+    return agd_jax.averaged(tx) if config.average else tx
 
 
 @functools.lru_cache(1)

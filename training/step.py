@@ -11,7 +11,7 @@ from flax import nnx
 from input_pipeline.batch import Batch
 from training import metrics
 from training.metrics import Metrics, TrainMetrics
-from training.state import Arrays, Graph, TrainState
+from training.state import Arrays, Graph, Model, TrainState
 
 # (logits, labels) -> the loss of each example.
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -60,12 +60,37 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state), measured
 
 
-def eval_step(graphdef: Graph, loss: Loss, state: TrainState, batch: Batch) -> Metrics:
+def eval_step(graphdef: Graph, loss: Loss, arrays: Model, batch: Batch) -> Metrics:
     """Returns the metrics of a batch, padded or not. The first two arguments are static."""
-    model = nnx.merge(graphdef, state.params, state.batch_stats, copy=True)
+    model = nnx.merge(graphdef, arrays["params"], arrays["batch_stats"], copy=True)
     model.eval()
     logits, losses = _losses(model, loss, batch)
     return metrics.of_batch(losses, logits, batch.labels, batch.weights)
+
+
+def statistics_step(
+    graphdef: Graph, params: Arrays, mean: Arrays, batch: Batch, number: jax.Array
+) -> Arrays:
+    """Adds a batch to the mean of BatchNorm's statistics over several batches.
+
+    Args:
+      graphdef: the static part of the network; static.
+      params: the parameters whose statistics are taken.
+      mean: the mean over the batches before this one; for the first, any arrays of its shapes.
+      batch: the examples.
+      number: the number of this batch, counted from 1.
+
+    Returns:
+      The mean over all batches up to this one, in place of the network's running averages.
+    """
+    model = nnx.merge(graphdef, params, mean, copy=True)
+    model.train()
+    # Running averages that keep nothing of their previous value are the statistics of the batch.
+    model.set_attributes(nnx.BatchNorm, momentum=0.0, raise_if_not_found=False)
+    model(batch.images)
+    statistics = nnx.state(model, nnx.BatchStat)
+    total: Arrays = jax.tree.map(lambda m, s: m + (s - m) / number, mean, statistics)
+    return total
 
 
 def _losses(model: nnx.Module, loss: Loss, batch: Batch) -> tuple[jax.Array, jax.Array]:

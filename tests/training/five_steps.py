@@ -30,7 +30,9 @@ def five_steps(config, devices):
         expected = sharding.of_state(mesh, state)
         kept = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), state, expected)
         assert all(jax.tree.leaves(kept))
-        tested = feed.evaluate(state)
+        # With momentum, the weights are averaged too, and it is their average that is tested.
+        averaged = feed.with_statistics(state.averaged or state.model)
+        (tested,) = feed.evaluate([averaged])
         params = jax.tree.leaves(state.params)
         # What is measured last depends on every step before.
         return {
@@ -41,7 +43,10 @@ def five_steps(config, devices):
             "start": [float(np.linalg.norm(p)) for p in starting_weights],
             "start_entries": [float(p.ravel()[-1]) for p in starting_weights],
             "params": [float(np.linalg.norm(p)) for p in params],
-            "batch_stats": [float(np.sum(s)) for s in jax.tree.leaves(state.batch_stats)],
+            "batch_stats": [
+                float(np.sum(s))
+                for s in jax.tree.leaves((state.batch_stats, averaged["batch_stats"]))
+            ],
             "split": sum(not p.sharding.is_fully_replicated for p in params),
             "bytes": sum(p.addressable_shards[0].data.nbytes for p in params),
             "opt_bytes": sum(
@@ -54,7 +59,7 @@ def main(arch, precision, norm, bn_group, *meshes):
     if arch == "resnet18":
         models.create = functools.partial(models.create, width=8)
     fields = {"arch": arch, "precision": precision, "norm": norm, "test_bs": 40}
-    fields |= {"bn_group": int(bn_group)}
+    fields |= {"bn_group": int(bn_group), "average": norm == "spectral"}
     # On eight devices, twelve examples on each of them, or eight.
     fields |= {"train_bs": 96 if int(bn_group) else 64}
     if arch == "fcn":

@@ -52,11 +52,18 @@ def interrupt_after(monkeypatch, patience):
     "fields",
     [
         {},
-        pytest.param({"norm": "spectral"}, marks=pytest.mark.slow),
+        pytest.param({"norm": "spectral", "average": True}, marks=pytest.mark.slow),
         pytest.param(STREAMED, marks=pytest.mark.slow),
         # Steps one by one, running averages.
         pytest.param(
-            {"arch": "resnet18", "depth": None, "width": None, "epochs": 4, "train_bs": 400},
+            {
+                "arch": "resnet18",
+                "average": True,
+                "depth": None,
+                "width": None,
+                "epochs": 4,
+                "train_bs": 400,
+            },
             marks=pytest.mark.slow,
         ),
     ],
@@ -81,6 +88,7 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch, fields):
             interruptions += 1
     assert interruptions >= 4
     assert same(result.state, whole.state)
+    assert same(result.averaged, whole.averaged)
     assert untimed(result.records) == untimed(whole.records)
     assert read_records(tmp_path / "run") == [record.to_json() for record in result.records]
 

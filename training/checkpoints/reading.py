@@ -2,7 +2,9 @@
 
 ``workdir/checkpoints`` has a folder for each checkpoint, named by its step, with three items:
 ``model`` (parameters and running averages), ``training`` (step, optimiser state, metrics of the
-current epoch) and ``run`` (JSON: config, records of the epochs so far, position in the data).
+current epoch) and ``run`` (JSON: config, records of the epochs so far, position in the data). A run
+with ``--average`` has a fourth, ``averaged``: the averaged network as it was last evaluated, with
+BatchNorm's statistics of its own, in the form of ``model``.
 Nothing in it is pickled, and reading it executes nothing.
 """
 
@@ -33,7 +35,7 @@ from input_pipeline.patience import patiently
 from training.config import TrainConfig
 from training.errors import ConfigError
 from training.records import EpochRecord, best_step, from_json
-from training.state import abstract_network
+from training.state import Model, abstract_network
 from training.workdir import CHECKPOINTS, located
 
 log = logging.getLogger(__name__)
@@ -121,40 +123,40 @@ Items = tuple[RunItem, dict[str, Any]]
 
 
 class Saved(NamedTuple):
-    """The network of a checkpoint.
+    """The networks of a checkpoint.
 
     Attributes:
       step: the step after which it was saved.
       run: the item ``run`` of the checkpoint.
-      model: the parameters and running averages, as ``{"params": ..., "batch_stats": ...}``.
+      models: the networks by the names of their items.
     """
 
     step: int
     run: RunItem
-    model: dict[str, Any]
+    models: dict[str, Model]
 
 
-def read_last(workdir: epath.Path, target: dict[str, Any]) -> Saved:
-    """Reads the network of the newest checkpoint that can be read.
+def read_last(workdir: epath.Path, target: dict[str, Model]) -> Saved:
+    """Reads networks of the newest checkpoint that can be read.
 
     Args:
       workdir: the folder of the run.
-      target: the shapes of the model, with shardings.
+      target: the shapes of the networks, with shardings, by the names of their items.
 
     Raises:
       ConfigError: if there is none.
     """
     with reading(folder_of(workdir)) as reader:
-        step, (run, arrays) = _last(workdir, reader, {"model": target})
-    return Saved(step, run, arrays["model"])
+        step, (run, models) = _last(workdir, reader, target)
+    return Saved(step, run, models)
 
 
-def read_best(workdir: epath.Path, target: dict[str, Any], last: Saved) -> Saved:
-    """Reads the network of the epoch with the best test accuracy.
+def read_best(workdir: epath.Path, target: dict[str, Model], last: Saved) -> Saved:
+    """Reads networks of the epoch with the best test accuracy.
 
     Args:
       workdir: the folder of the run.
-      target: the shapes of the model, with shardings.
+      target: the shapes of the networks, with shardings, by the names of their items.
       last: the result of :func:`read_last`, which may be the best one too.
 
     Raises:
@@ -165,14 +167,16 @@ def read_best(workdir: epath.Path, target: dict[str, Any], last: Saved) -> Saved
         if step in (last.step, None):
             return last
         try:
-            run, arrays = read_items(reader, step, {"model": target})
+            run, models = read_items(reader, step, target)
         except Exception as error:
             path = folder_of(workdir) / str(step)
             raise ConfigError(f"{path}: cannot be read ({one_line(error)})") from error
-    return Saved(step, run, arrays["model"])
+    return Saved(step, run, models)
 
 
-def load(workdir: epath.PathLike, which: Which = "best") -> tuple[nnx.Module, TrainConfig]:
+def load(
+    workdir: epath.PathLike, which: Which = "best", plain: bool = False
+) -> tuple[nnx.Module, TrainConfig]:
     """Loads a trained network.
 
     >>> model, config = load("runs/cifar10-resnet18")  # doctest: +SKIP
@@ -181,6 +185,8 @@ def load(workdir: epath.PathLike, which: Which = "best") -> tuple[nnx.Module, Tr
     Args:
       workdir: the folder of the run.
       which: "best" for the checkpoint of the epoch with the best test accuracy, or "last".
+      plain: whether to load the network with its own weights, of a run with ``--average`` too;
+        otherwise it is the averaged one then, as it was last evaluated.
 
     Returns:
       The network and the config of the run. The network maps images
@@ -191,7 +197,7 @@ def load(workdir: epath.PathLike, which: Which = "best") -> tuple[nnx.Module, Tr
       ConfigError: if there is no such checkpoint, or it cannot be read.
       ValueError: if ``which`` is neither "best" nor "last".
     """
-    trained = load_all(workdir, which)
+    trained = load_all(workdir, which, plain)
     return trained.model, trained.config
 
 
@@ -211,7 +217,7 @@ class Trained(NamedTuple):
     classes: list[str]
 
 
-def load_all(workdir: epath.PathLike, which: Which = "best") -> Trained:
+def load_all(workdir: epath.PathLike, which: Which = "best", plain: bool = False) -> Trained:
     """Loads a trained network as :func:`load` does, with its step and the names of the classes."""
     if which not in get_args(Which):
         raise ValueError(f"which={which!r}: choose from {', '.join(get_args(Which))}")
@@ -220,11 +226,13 @@ def load_all(workdir: epath.PathLike, which: Which = "best") -> Trained:
     config = run.resolved_config()
     with jax.enable_x64(config.precision == "f64"):
         graphdef, params, batch_stats = abstract_network(config)
-        target = on_one_device({"params": params, "batch_stats": batch_stats})
+        item = "averaged" if config.average and not plain else "model"
+        target = on_one_device({item: {"params": params, "batch_stats": batch_stats}})
         saved = read_last(workdir, target)
         if which == "best":
             saved = read_best(workdir, target, saved)
-    model = nnx.merge(graphdef, saved.model["params"], saved.model["batch_stats"])
+    arrays = saved.models[item]
+    model = nnx.merge(graphdef, arrays["params"], arrays["batch_stats"])
     model.eval()
     return Trained(model, config, saved.step, saved.run.classes)
 

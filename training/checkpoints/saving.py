@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from input_pipeline import cloud
-from training import multihost
+from training import multihost, sharding
 from training.checkpoints.reading import (
     Items,
     RunItem,
@@ -36,7 +35,7 @@ from training.records import EpochRecord, best, best_step
 from training.workdir import unused
 
 if TYPE_CHECKING:
-    from training.state import TrainState
+    from training.state import Model, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +60,7 @@ class Snapshot:
       seconds: how long that epoch has been trained, in seconds.
       records: the records of the epochs before it.
       iterator_state: the position in the training data, as JSON values.
+      averaged: with ``--average``, the averaged network as it was last evaluated; None before.
     """
 
     step: int
@@ -69,6 +69,7 @@ class Snapshot:
     seconds: float
     records: list[EpochRecord]
     iterator_state: dict[str, Any]
+    averaged: Model | None = None
 
 
 class Saver:
@@ -135,8 +136,7 @@ class Saver:
         Raises:
           ConfigError: if it belongs to another run, or there are checkpoints but none can be read.
         """
-        target = {
-            "model": state.model,
+        target = _models(self._config, state, None) | {
             "training": {"step": state.step, "opt_state": state.opt_state, "sums": sums},
         }
         if jax.process_count() == 1:
@@ -154,7 +154,7 @@ class Saver:
             return None
         step, (run, arrays) = found
         # Arrays that Orbax has read share its memory, which donated buffers must not do.
-        arrays = _copy(arrays)
+        arrays = sharding.copy(arrays)
         training = arrays["training"]
         state = dataclasses.replace(
             state, step=training["step"], opt_state=training["opt_state"], **arrays["model"]
@@ -163,7 +163,10 @@ class Saver:
         self._manager.close()
         self._manager = self._open()
         self._saved = step, len(run.records)
-        return Snapshot(step, state, training["sums"], run.seconds, run.records, run.position)
+        averaged = arrays.get("averaged") if run.records else None
+        return Snapshot(
+            step, state, training["sums"], run.seconds, run.records, run.position, averaged
+        )
 
     def _newest(self, target: dict[str, Any]) -> tuple[int, Items] | None:
         """Reads the newest checkpoint that can be read, in one process."""
@@ -210,7 +213,7 @@ class Saver:
 
     def hold(self, snapshot: Snapshot) -> None:
         """Keeps a copy of the best epoch on the devices, to be saved before the next checkpoint."""
-        self._held = dataclasses.replace(snapshot, state=_copy(snapshot.state))
+        self._held = dataclasses.replace(snapshot, state=sharding.copy(snapshot.state))
 
     def save(self, snapshot: Snapshot) -> None:
         """Starts to save, and returns once the state may be donated."""
@@ -261,13 +264,13 @@ class Saver:
             list(self._classes),
         )
         training = {"step": state.step, "opt_state": state.opt_state, "sums": snapshot.sums}
+        arrays = _models(self._config, state, snapshot.averaged) | {"training": training}
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave(state.model),
-            training=ocp.args.StandardSave(training),
             run=ocp.args.JsonSave(run.to_json()),
+            **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
         )
         self._failure = None
-        if lack := multihost.broadcast_from_primary(lambda: _lack_of_space(self._folder, items)):
+        if lack := multihost.broadcast_from_primary(lambda: _lack_of_space(self._folder, arrays)):
             self._failed(lack)
             return
         steps = {*self._manager.all_steps(), step}
@@ -325,20 +328,23 @@ class _LatestAndBest(preservation_policy.PreservationPolicy):  # type: ignore[mi
         return both.should_preserve(checkpoints, context=context)
 
 
-def _lack_of_space(folder: epath.Path, items: ocp.args.Composite) -> str:
+def _models(config: TrainConfig, state: TrainState, averaged: Model | None) -> dict[str, Model]:
+    """Returns the networks of a checkpoint by the names of their items.
+
+    Until an averaged network has been evaluated, it is the network itself.
+    """
+    models = {"model": state.model}
+    return models | {"averaged": averaged or state.model} if config.average else models
+
+
+def _lack_of_space(folder: epath.Path, arrays: dict[str, Any]) -> str:
     """Returns why a save may well fail, else ''. Orbax's own message would take many lines."""
     if cloud.is_remote(folder):
         return ""
-    arrays = jax.tree.leaves([items["model"].item, items["training"].item])
     # Compression may save some of this, but not much for random values.
-    needed = sum(array.nbytes for array in arrays) + SMALL_FILES
+    needed = sum(array.nbytes for array in jax.tree.leaves(arrays)) + SMALL_FILES
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:  # The workdir has been moved away.
         return str(error.strerror)
     return "" if free >= needed else f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
-
-
-def _copy(tree: Any) -> Any:
-    shardings = jax.tree.map(lambda x: x.sharding, tree)
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(tree)

@@ -36,7 +36,7 @@ class EvalResult(NamedTuple):
     """A checkpoint, and its results on the test set.
 
     Attributes:
-      which: "best" or "last".
+      which: "best" or "last", with "plain" behind it for the weights that are not averaged.
       step: the step after which it was saved.
       epochs: the number of epochs it was trained for, which may be fractional.
       loss: the mean loss.
@@ -161,18 +161,27 @@ class Console:
             "test accuracy": f"{last.test_accuracy:.2%} after epoch {last.epoch}, best "
             f"{best_epoch.test_accuracy:.2%} after epoch {best_epoch.epoch}",
             "test loss": f"{last.test_loss:.4f}",
+            "plain weights": _plain(last),
             "training loss": f"{last.train_loss:.4f}, accuracy {last.train_accuracy:.2%}",
             "eta": f"{first.eta:.4f} in the first epoch, {last.eta:.4f} in the last",
             "time": f"{seconds:.1f} s, {training:.1f} s of them training",
             "checkpoints": _checkpoints(records, workdir),
         }
         for name, text in rows.items():
-            table.add_row(name, text)
+            if text:
+                table.add_row(name, text)
         self._print(table)
         self.say(f"curves     {workdir / CURVES_FILE}")
         self.say(f"metrics    {workdir / METRICS_FILE}")
         if importlib.util.find_spec("tensorboard"):
             self.say(f"dashboard  tensorboard --logdir {workdir}")
+
+
+def _plain(record: EpochRecord) -> str:
+    """Returns the table entry of what the weights reach that are not averaged, where some are."""
+    if record.plain_test_accuracy is None:
+        return ""
+    return f"{record.plain_test_accuracy:.2%}, loss {record.plain_test_loss:.4f}, not averaged"
 
 
 def _checkpoints(records: list[EpochRecord], workdir: epath.Path) -> str:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from training import workdir
 from training.records import EpochRecord
 
-TRAIN, TEST, ETA = "#7a8ba3", "#c8452f", "#2f6f5e"
+TRAIN, TEST, PLAIN, ETA = "#7a8ba3", "#c8452f", "#e5a99e", "#2f6f5e"
 
 
 def draw(records: Sequence[EpochRecord], title: str, path: epath.Path) -> None:
@@ -31,6 +31,8 @@ def draw(records: Sequence[EpochRecord], title: str, path: epath.Path) -> None:
 
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         line(axes, f"train_{name}", TRAIN, "training")
+        if records[0].plain_test_loss is not None:
+            line(axes, f"plain_test_{name}", PLAIN, "test, not averaged")
         line(axes, f"test_{name}", TEST, "test")
         axes.set_title(name.capitalize())
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
