@@ -26,6 +26,15 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+    """Convolutions that are large take longer than XLA takes to optimise them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 # Our names in the order in which the reference lists parameters.
 RANK = {"stem": 0, "layers": 1, "convs": 1, "blocks": 1, "shortcut": 2, "head": 2, "kernel": 0}
 

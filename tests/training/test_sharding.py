@@ -39,9 +39,9 @@ def five_steps(*arguments):
         pytest.param("fcn", "f64", "frobenius", MESHES, marks=pytest.mark.slow),
         pytest.param("fcn", "f64", "spectral", MESHES, marks=pytest.mark.slow),
         pytest.param("fcn", "f32", "frobenius", MESHES[:2], marks=pytest.mark.slow),
-        pytest.param("resnet18", "f64", "frobenius", MESHES[:2], marks=pytest.mark.slow),
+        pytest.param("resnet18", "f64", "frobenius", MESHES[1:2], marks=pytest.mark.slow),
         pytest.param("resnet18", "f64", "spectral", MESHES[:1], marks=pytest.mark.slow),
-        pytest.param("vit", "f64", "frobenius", MESHES[:2], marks=pytest.mark.slow),
+        pytest.param("vit", "f64", "frobenius", MESHES[1:2], marks=pytest.mark.slow),
     ],
 )
 def test_training_is_the_same_on_every_mesh(arch, precision, norm, meshes):
@@ -56,11 +56,11 @@ def test_training_is_the_same_on_every_mesh(arch, precision, norm, meshes):
         assert other["batch_stats"] == stats, mesh
         if "fsdp" in mesh or ("model" in mesh and arch == "fcn"):
             assert other["split"] > 0, mesh
-    fsdp = others[meshes.index("fsdp=8")]
-    assert fsdp["bytes"] < 0.2 * one["bytes"]
-    if norm == "spectral":
-        # The momentum is split as its parameter is.
-        assert fsdp["opt_bytes"] < 0.2 * one["opt_bytes"]
+        if mesh == "fsdp=8":
+            assert other["bytes"] < 0.2 * one["bytes"]
+        if mesh == "fsdp=8" and norm == "spectral":
+            # Momentum and average are split as their parameter is.
+            assert other["opt_bytes"] < 0.2 * one["opt_bytes"]
 
 
 @pytest.mark.slow
