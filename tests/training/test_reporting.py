@@ -14,7 +14,8 @@ from training.records import EpochRecord
 from training.reporting import curves
 from training.reporting.reporter import Reporter
 
-FIELDS = [field.name for field in dataclasses.fields(EpochRecord) if field.name != "unreadable"]
+# Those that each run has.
+FIELDS = [f.name for f in dataclasses.fields(EpochRecord) if f.default is dataclasses.MISSING]
 
 
 def record(epoch):
