@@ -198,7 +198,6 @@ class ResidentFeed(_OnMesh):
           convolutional: whether the network has convolutions.
         """
         self.steps_per_epoch = len(data.train.labels) // train_bs
-        self._train_bs = train_bs
         self._eval_steps = -(-len(data.test.labels) // test_bs)
         super().__init__(mesh, dtype)
         everywhere, over_batch = self._everywhere, self._over_batch
@@ -208,7 +207,8 @@ class ResidentFeed(_OnMesh):
         self._shuffle_key, self._augment_key = jax.random.split(key)
         self._order_of_epoch: tuple[int, jax.Array] | None = None
         self._one_by_one = convolutional and mesh.devices.flat[0].platform == "cpu"
-        self._statistics_images = statistics_images(len(data.train.labels), train_bs)
+        chosen = statistics_images(len(data.train.labels), train_bs)
+        self._statistics_batches = chosen.reshape(-1, train_bs)
 
         def shuffle(key: jax.Array, epoch: jax.Array) -> jax.Array:
             return resident.epoch_order(key, epoch, len(data.train.labels))
@@ -268,7 +268,7 @@ class ResidentFeed(_OnMesh):
         order, sums = self._order_of(0), self._zero_metrics
         train, test = self._train, self._test
         if self._statistics:
-            chosen = self._statistics_images[: self._train_bs]
+            chosen = self._statistics_batches[0]
             self._statistics(state.params, state.batch_stats, train, chosen, 1)
         if self._one_by_one:
             # To call the step is to take it, so it is taken on a copy of the state.
@@ -317,8 +317,7 @@ class ResidentFeed(_OnMesh):
         """Returns a copy of a network in which BatchNorm has statistics of its own."""
         mean = model["batch_stats"]
         if self._statistics:
-            batches = self._statistics_images.reshape(-1, self._train_bs)
-            for number, chosen in enumerate(batches, 1):
+            for number, chosen in enumerate(self._statistics_batches, 1):
                 mean = self._statistics(model["params"], mean, self._train, chosen, number)
         return sharding.copy({**model, "batch_stats": mean})
 
