@@ -204,14 +204,16 @@ def lower_step(config: TrainConfig, mesh, tx=None):
     """
     import jax
 
-    from training import feeds, metrics, run, sharding
+    from training import metrics
+    from training.feeds import streamed
+    from training.plan import make_plan
 
-    plan = run.make_plan(config, mesh)
+    plan = make_plan(config, mesh)
     if tx is not None:
         plan = plan._replace(tx=tx)
-    step = feeds.streamed_step(config.spec, plan.train_step, plan.dtype, mesh, plan.shardings)
+    step = streamed.streamed_step(plan)
     sums = jax.eval_shape(lambda: metrics.zero_train_metrics(plan.dtype))
-    batch = feeds.abstract_batch(config.spec, config.train_bs, sharding.over_batch(mesh))
+    batch = streamed.abstract_batch(plan, config.train_bs)
     return step.lower(plan.abstract_state, sums, batch)
 
 

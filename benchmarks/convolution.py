@@ -36,8 +36,9 @@ sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
 from input_pipeline.batch import Batch
 from models import cpu_convolution
 from models.cpu_convolution import FORMS, Window, form_of
-from training import run, sharding
+from training import sharding
 from training.config import TrainConfig
+from training.plan import make_plan
 
 # Side of the map, inputs, outputs, side of the kernel, stride.
 LAYERS = (
@@ -174,7 +175,7 @@ def compare_steps(options: Options) -> None:
 def compiled_step(arch: str, batch_size: int, form: Callable[..., str]) -> tuple:
     """A training step on noise of CIFAR-10's shape, and its arguments."""
     config = TrainConfig(arch=arch, dataset="cifar10", train_bs=batch_size).resolved()
-    plan = run.make_plan(config, sharding.make_mesh(config))
+    plan = make_plan(config, sharding.make_mesh(config))
     images = jax.random.normal(jax.random.key(0), (batch_size, *config.spec.image_shape))
     arguments = (
         plan.create_train_state(),

@@ -8,7 +8,7 @@ first takes a few steps of both from the same weights on the same batches, and p
 Then both take turns, several times, after warm-up:
 
 - `epoch`: all that training does, from uint8 images in memory to the next weights: here
-  :class:`training.feeds.ResidentFeed`, there `pytorch_peer.py` with its DataLoader. With
+  :class:`training.feeds.resident.ResidentFeed`, there `pytorch_peer.py` with its DataLoader. With
   `--steps` it is so many steps, and the seconds are scaled to an epoch;
 - `step`: a step on one batch, which both have in memory.
 

@@ -36,7 +36,7 @@ from input_pipeline.specs import SPECS
 from input_pipeline.streaming import Source
 from training import sharding
 from training.config import TrainConfig
-from training.run import make_plan
+from training.plan import make_plan
 from training.step import LOSSES, train_step
 
 SPEC = SPECS["imagenet"]

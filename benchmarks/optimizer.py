@@ -28,8 +28,9 @@ from optax.contrib import MuonDimensionNumbers
 
 sys.path.insert(0, os.fspath(Path(__file__).parent.parent))
 import agd_jax
-from training import run, sharding
+from training import sharding
 from training.config import TrainConfig
+from training.plan import make_plan
 
 # How often an array of the size of the parameters must be read or written, at the least.
 PASSES = {"agd": 4, "sgd": 3, "adam": 7}
@@ -101,7 +102,7 @@ def ratio(a: list[float], b: list[float]) -> float:
 def parameters(options: Options) -> dict[str, jax.Array]:
     """The parameters of the network, with any values."""
     config = TrainConfig(arch=options.arch, dataset="imagenet", image_size=options.image_size)
-    plan = run.make_plan(config.resolved(), sharding.make_mesh(config, jax.devices()[:1]))
+    plan = make_plan(config.resolved(), sharding.make_mesh(config, jax.devices()[:1]))
     names = jax.tree_util.tree_leaves_with_path(plan.abstract_state.params)
     keys = jax.random.split(jax.random.key(0), len(names))
     return {

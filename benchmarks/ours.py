@@ -10,8 +10,11 @@ import jax.numpy as jnp
 
 from input_pipeline.batch import Batch
 from input_pipeline.resident import Arrays
-from training import run, sharding
+from training import sharding
 from training.config import TrainConfig
+from training.data import load_data
+from training.feeds import make_feed
+from training.plan import make_plan
 
 if TYPE_CHECKING:
     from input_pipeline.streaming import Sources
@@ -29,14 +32,14 @@ class Started:
 
     def __init__(self, config: TrainConfig):
         config = config.resolved()
-        self.plan = run.make_plan(config, sharding.make_mesh(config))
+        self.plan = make_plan(config, sharding.make_mesh(config))
         self.data = self.load(config)
-        self.feed = run.make_feed(self.plan, self.data)
+        self.feed = make_feed(self.plan, self.data)
         self.state = self.feed.compile(self.plan.create_train_state())
 
     def load(self, config: TrainConfig) -> Arrays | Sources:
         """The data of the config."""
-        return run.load_data(config)
+        return load_data(config)
 
 
 class Ours(Started):

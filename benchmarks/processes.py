@@ -70,14 +70,17 @@ def one_process(
 
     from training import multihost, run
     from training.config import TrainConfig
+    from training.data import load_data
+    from training.feeds import make_feed
+    from training.plan import make_plan
 
     meet = {"coordinator": coordinator, "num_processes": processes, "process_id": process_id}
     config = TrainConfig(mesh="data=2", **meet if processes > 1 else {}).resolved()
     run.start(config)
     seconds: dict[str, list[float]] = {}
     with run.devices(config) as mesh:
-        plan = run.make_plan(config, mesh)
-        feed = run.make_feed(plan, run.load_data(config))
+        plan = make_plan(config, mesh)
+        feed = make_feed(plan, load_data(config))
         state, sums, step = feed.compile(plan.create_train_state()), feed.zero_metrics(), 0
         for _ in range(turns):
             agreements = {"nothing": lambda *vote: None}

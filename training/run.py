@@ -2,51 +2,35 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
-import math
 import os
-import shutil
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from input_pipeline import cores, resident
 from input_pipeline.resident import Arrays
-from training import compilation_cache, loop, metrics, multihost, sharding, state, step, workdir
+from training import compilation_cache, loop, metrics, multihost, sharding, workdir
 from training.checkpoints import reading
 from training.checkpoints.saving import Saver, Snapshot
 from training.config import IDENTITY, OWN, TrainConfig
+from training.data import load_data
 from training.errors import ConfigError
-from training.feeds import (
-    EvalStep,
-    Feed,
-    ResidentFeed,
-    StatisticsStep,
-    StreamedFeed,
-    TrainStep,
-    statistics_images,
-)
+from training.feeds import Feed, make_feed
+from training.plan import Plan, make_plan
 from training.records import EpochRecord
 from training.reporting import console
 from training.reporting.console import EvalResult
 from training.reporting.reporter import Reporter, SilentReporter
 from training.state import Graph, Model, TrainState
-from training.step import LOSSES, Loss
 
 if TYPE_CHECKING:
-    from input_pipeline.streaming import Sources, Stream
+    from input_pipeline.streaming import Sources
 
 log = logging.getLogger(__name__)
-
-# Where Grain's workers leave their batches.
-SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -66,61 +50,6 @@ class Result:
     graphdef: Graph
     state: TrainState
     averaged: Model | None
-
-
-class Plan(NamedTuple):
-    """What is trained and how, before anything is computed.
-
-    Attributes:
-      config: the config of the run.
-      mesh: the devices.
-      graphdef: the static part of the network.
-      tx: the optimiser.
-      abstract_state: the shapes of the training state, with their shardings.
-    """
-
-    config: TrainConfig
-    mesh: Mesh
-    graphdef: Graph
-    tx: optax.GradientTransformation
-    abstract_state: TrainState
-
-    @property
-    def shardings(self) -> TrainState:
-        """Where each array of the state is."""
-        shardings: TrainState = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        return shardings
-
-    @property
-    def train_step(self) -> TrainStep:
-        """A training step, as a function of the state and a batch alone."""
-        return functools.partial(step.train_step, self.graphdef, self.tx, self._loss)
-
-    @property
-    def eval_step(self) -> EvalStep:
-        """An evaluation step, likewise."""
-        return functools.partial(step.eval_step, self.graphdef, self._loss)
-
-    @property
-    def statistics_step(self) -> StatisticsStep | None:
-        """A step that takes statistics of BatchNorm, likewise, if they are taken."""
-        if not (self.config.average and jax.tree.leaves(self.abstract_state.batch_stats)):
-            return None
-        return functools.partial(step.statistics_step, self.graphdef)
-
-    @property
-    def dtype(self) -> jax.typing.DTypeLike:
-        """The dtype of images, losses and metrics."""
-        dtype: jax.typing.DTypeLike = state.DTYPES[self.config.precision][1]
-        return dtype
-
-    @property
-    def _loss(self) -> Loss:
-        return LOSSES[self.config.loss or self.config.spec.loss]
-
-    def create_train_state(self) -> TrainState:
-        """Makes the state that training starts from, on the mesh."""
-        return state.create_train_state(self.config, self.tx, self.shardings)
 
 
 def train(config: TrainConfig) -> Result:
@@ -258,138 +187,6 @@ def devices(config: TrainConfig) -> Iterator[Mesh]:
         mesh = sharding.make_mesh(config)
         compilation_cache.enable(mesh.devices.flat[0].platform)
         yield mesh
-
-
-def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
-    """Plans what is trained on a mesh."""
-    graphdef, *_ = state.abstract_network(config)
-    tx = state.create_optimizer(config)
-    return Plan(config, mesh, graphdef, tx, sharding.place(mesh, state.abstract_state(config, tx)))
-
-
-def load_data(config: TrainConfig, known: Sequence[str] = ()) -> "Arrays | Sources":
-    """Loads a small data set, or finds a large one; the same in every process.
-
-    Args:
-      config: the config of the run.
-      known: the classes that the network was trained on, in the order of its labels, if it was.
-
-    Raises:
-      ConfigError: if a process has other data than process 0, or none.
-      DataError: if the data set cannot be had.
-    """
-    data = multihost.in_every(lambda: _load(config, known))
-    splits = {"training": data.train, "test": data.test}
-    multihost.check_same(
-        lambda: (
-            {f"{name} images": split.size for name, split in splits.items()}
-            | {f"fingerprint of the {name} images": s.fingerprint() for name, s in splits.items()}
-        )
-    )
-    return data
-
-
-def _load(config: TrainConfig, known: Sequence[str]) -> "Arrays | Sources":
-    spec = config.spec
-    if spec.loader in ("digits", "tfds"):
-        data = resident.load(spec, config.data_dir)
-        return data.labelled_by(known, f"--dataset {config.dataset}")
-    from input_pipeline import folders, imagenet, streaming
-
-    if spec.loader == "noise":
-        return streaming.noise_sources(config.train_bs, config.test_bs)
-    if spec.loader == "imagenet":
-        return imagenet.find(spec, config.data_dir, known)
-    assert config.data_dir is not None  # As resolved() has checked.
-    found = folders.find(config.data_dir, known)
-    return folders.decoded(spec, found) if folders.fits(spec, found) else found
-
-
-def make_feed(plan: Plan, data: "Arrays | Sources") -> Feed:
-    """Puts the data on the devices, or on their way, and builds the programs that use them."""
-    config = plan.config
-    common: dict[str, Any] = {
-        "train_step": plan.train_step,
-        "eval_step": plan.eval_step,
-        "statistics_step": plan.statistics_step,
-        "train_bs": config.train_bs,
-        "test_bs": config.test_bs,
-        "dtype": plan.dtype,
-        "mesh": plan.mesh,
-        "shardings": plan.shardings,
-    }
-    if not isinstance(data, Arrays):
-        return StreamedFeed(config.spec, *_open_streams(plan, data), data, **common)
-    return ResidentFeed(
-        config.spec,
-        data,
-        # The starting weights are drawn from the seed's key itself.
-        key=jax.random.fold_in(jax.random.key(config.seed), 1),
-        convolutional=any(p.ndim == 4 for p in jax.tree.leaves(plan.abstract_state.params)),
-        **common,
-    )
-
-
-def _open_streams(plan: Plan, data: "Sources") -> "tuple[Stream, Stream, Stream | None]":
-    """The training and the test batches of a large data set, and those for statistics if any."""
-    from input_pipeline import streaming
-
-    config, split = plan.config, sharding.over_batch(plan.mesh)
-    if config.spec.loader == "noise":
-        noise = functools.partial(streaming.NoiseStream, config.spec, sharding=split)
-        batches = noise(config.train_bs)
-        return batches, noise(config.test_bs), batches if plan.statistics_step else None
-    # Counted and checked in every process, since --workers and hosts may differ.
-    host = socket.gethostname()
-    on_host = multihost.count_alike(host)
-    on_cores = multihost.count_alike(host, cores.affinity())
-    workers = cores.default_workers(on_cores) if config.workers is None else config.workers
-    shares = (streaming.rows_of_process(split, n) for n in (config.train_bs, config.test_bs))
-    images = on_host * sum(map(len, shares))
-    multihost.in_every(lambda: _check_shared_memory(config, workers, images))
-    train = streaming.train_stream(
-        config.spec,
-        data.train,
-        seed=config.seed,
-        epochs=config.epochs,
-        batch_size=config.train_bs,
-        sharding=split,
-        workers=workers,
-    )
-    evaluation = streaming.eval_stream(
-        config.spec, data.test, batch_size=config.test_bs, sharding=split, workers=workers
-    )
-    if not plan.statistics_step:
-        return train, evaluation, None
-    statistics = streaming.eval_stream(
-        config.spec,
-        data.train,
-        statistics_images(data.train.size, config.train_bs),
-        batch_size=config.train_bs,
-        sharding=split,
-        workers=0,  # Threads, as it is idle but for an evaluation.
-    )
-    return train, evaluation, statistics
-
-
-def _check_shared_memory(config: TrainConfig, workers: int, images: int) -> None:
-    """Raises ConfigError if the batches of all workers on this host do not fit into its memory.
-
-    Args:
-      config: the config of the run.
-      workers: how many workers each stream of each process has.
-      images: how many images the processes on this host read of two batches, one of each stream.
-    """
-    from input_pipeline.streaming import SHARED_BATCHES
-
-    needed = SHARED_BATCHES * workers * images * math.prod(config.spec.image_shape)
-    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
-    if needed > free:
-        raise ConfigError(
-            f"--workers {workers}: their batches take up to {needed / 1e6:,.0f} MB of "
-            f"{SHARED_MEMORY}, where {free / 1e6:,.0f} MB are free; give fewer workers, smaller "
-            "batches, or the container more shared memory (docker run --shm-size)"
-        )
 
 
 def _beginning(plan: Plan, feed: Feed) -> Snapshot:

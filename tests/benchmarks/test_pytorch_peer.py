@@ -10,7 +10,7 @@ import pytest
 from input_pipeline.batch import Batch
 from training import sharding
 from training.config import TrainConfig
-from training.run import make_plan
+from training.plan import make_plan
 from training.step import LOSSES, train_step
 
 SHAPE = (32, 32, 3)

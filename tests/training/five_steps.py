@@ -13,7 +13,9 @@ import numpy as np
 import models
 from training import sharding
 from training.config import TrainConfig
-from training.run import load_data, make_feed, make_plan
+from training.data import load_data
+from training.feeds import make_feed
+from training.plan import make_plan
 
 STEPS = 5
 

@@ -20,7 +20,7 @@ from tests.images import write_tree
 from training import checkpoints
 from training.config import TrainConfig
 from training.errors import ConfigError
-from training.feeds import STATISTICS_IMAGES, statistics_images
+from training.feeds.feed import STATISTICS_IMAGES, statistics_images
 from training.run import evaluate, train
 from training.state import split
 from training.step import statistics_step

@@ -25,9 +25,12 @@ from training import checkpoints, export, metrics, sharding
 from training import step as steps_of_training
 from training.checkpoints import reading, saving
 from training.config import TrainConfig
+from training.data import load_data
 from training.errors import ConfigError, NonFiniteError, SaveError
+from training.feeds import make_feed
+from training.plan import make_plan
 from training.records import EpochRecord
-from training.run import evaluate, load_data, make_feed, make_plan, train
+from training.run import evaluate, train
 
 FIELDS = RESIDENT | {"save_every": "20steps"}  # 44 steps an epoch
 SIZES = (1437, 360)

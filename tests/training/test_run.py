@@ -12,10 +12,10 @@ from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
 from tests.helpers import same, untimed
-from training import feeds, loop, sharding, step
-from training import run as training_run
+from training import loop, sharding, step
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError
+from training.plan import Plan, make_plan
 from training.run import train
 from training.step import LOSSES
 
@@ -73,7 +73,7 @@ def test_how_steps_are_dispatched_changes_nothing(tmp_path, monkeypatch):
 def test_starting_weights_are_orthogonal(tmp_path):
     config = TrainConfig(depth=3, width=16, platform="cpu").resolved()
     mesh = sharding.make_mesh(config)
-    state = training_run.make_plan(config, mesh).create_train_state()
+    state = make_plan(config, mesh).create_train_state()
     kernel = nnx.to_pure_dict(state.params)["layers"][1]["kernel"]
     np.testing.assert_allclose(kernel @ kernel.T, np.eye(16), atol=1e-5)
     assert all(p.sharding.mesh == mesh for p in jax.tree.leaves(state))
@@ -105,9 +105,7 @@ def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_
 def test_steps_taken_one_by_one_are_those_of_the_loop(tmp_path, monkeypatch):
     fields = {"epochs": 2, "depth": 3, "width": 16, "test_bs": 100}
     looped = train(TrainConfig(workdir=tmp_path / "looped", **fields))
-    build = functools.partial(feeds.ResidentFeed, convolutional=True)
-    one_by_one = lambda *args, convolutional, **kwargs: build(*args, **kwargs)
-    monkeypatch.setattr(training_run, "ResidentFeed", one_by_one)
+    monkeypatch.setattr(Plan, "convolutional", True)
     single = train(TrainConfig(workdir=tmp_path / "single", platform="cpu", **fields))
     for a, b in zip(looped.records, single.records, strict=True):
         for name in ("train_loss", "test_loss", "test_accuracy", "eta", "eta_max"):

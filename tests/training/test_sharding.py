@@ -79,15 +79,16 @@ import jax, jax.numpy as jnp
 import models
 from models import cpu_convolution
 from input_pipeline.batch import Batch
-from training import run, sharding, step
+from training import sharding, step
 from training.config import TrainConfig
+from training.plan import make_plan
 
 # As on an accelerator: the gradient of a kernel in one piece.
 cpu_convolution.form_of = lambda *_: "native"
 models.create = functools.partial(models.create, width=8)
 config = TrainConfig(arch="resnet18", train_bs=64, mesh="data=8", bn_group={bn_group}).resolved()
 mesh = sharding.make_mesh(config)
-plan = run.make_plan(config, mesh)
+plan = make_plan(config, mesh)
 like = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.over_batch(mesh))
 float32, int32 = jnp.float32, jnp.int32
 batch = Batch(like((64, 8, 8, 1), float32), like((64,), int32), like((64,), float32))

@@ -23,7 +23,9 @@ from training import loop, sharding, step
 from training.checkpoints import reading
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError, ReadError
-from training.run import SHARED_MEMORY, evaluate, make_plan, train
+from training.feeds.streamed import SHARED_MEMORY
+from training.plan import make_plan
+from training.run import evaluate, train
 from training.signals import Stopped
 from training.step import LOSSES
 from training.workdir import saved_steps
