@@ -21,13 +21,13 @@ from training.checkpoints import load, reading
 from training.config import TrainConfig
 from training.errors import ConfigError
 
-FLAGS = "--platform cpu --epochs 6 --depth 3 --width 48 --save_every 5steps"
+FLAGS = "--platform cpu --epochs 4 --depth 3 --width 48 --save_every 5steps"
 TIMINGS = ("seconds", "images_per_second")
 
 # What TensorStore and gcsfs need of Google's store and the emulator lacks: the generation of what
 # is read, without which TensorStore fails to write it again ("Malformed StorageGeneration");
-# renaming, of which there are only the two halves; and answers to others while one client, which
-# has connected, asks nothing.
+# renaming, of which there are only the two halves; answers to others while one client, which has
+# connected, asks nothing; and room for all who ask at once, or they are refused and wait.
 EMULATOR = r"""
 import http.server, os, sys, threading
 from gcp_storage_emulator import server
@@ -36,7 +36,8 @@ from gcp_storage_emulator.handlers import objects
 def move(request, response, storage):
     bucket = request.params["dest_bucket_name"] = request.params["bucket_name"]
     objects.copy(request, response, storage)
-    storage.delete_file(bucket, request.params["object_id"])
+    if response.status < 300:
+        storage.delete_file(bucket, request.params["object_id"])
 
 read = objects.download
 
@@ -58,6 +59,7 @@ def in_turn(router, method):
 
 server.Router.handle = in_turn
 http.server.HTTPServer = http.server.ThreadingHTTPServer
+http.server.ThreadingHTTPServer.request_queue_size = 128
 sys.stderr = open(os.devnull, "w")  # It writes a line for each request, which nobody reads.
 server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
 """
@@ -155,7 +157,7 @@ def test_a_run_in_a_bucket_that_is_killed_ends_as_one_on_a_disk_that_is_not(buck
     assert code == 0, err
 
     run = ("--workdir", "gs://bucket/a/run")
-    for epochs in (1, 2, 4):
+    for epochs in (1, 2):
         process = bucket.train(*run)
         bucket.wait_for_epochs("a/run", epochs)
         process.kill()
@@ -164,7 +166,7 @@ def test_a_run_in_a_bucket_that_is_killed_ends_as_one_on_a_disk_that_is_not(buck
     assert code == 0, err
     assert "resumed   after step " in out
     assert (
-        "(best), 66 (last), in gs://bucket/a/run/checkpoints" in out or "66 (best and last)" in out
+        "(best), 44 (last), in gs://bucket/a/run/checkpoints" in out or "44 (best and last)" in out
     )
 
     whole, ours = tmp_path / "whole", bucket.records("a/run")
@@ -184,19 +186,19 @@ def test_a_run_in_a_bucket_that_is_killed_ends_as_one_on_a_disk_that_is_not(buck
     }
     for step in checkpoints:
         assert f"checkpoints/{step}/commit_success.txt" in names
-    assert {"60", "65", "66"} <= checkpoints
+    assert {"35", "40", "44"} <= checkpoints
     assert len(checkpoints) <= 4
 
     out, err, code = finish(bucket.train("--eval_only", *run))
     assert code == 0, err
     last = ours[-1]
-    assert re.search(rf"last +66 +6 +{last['test_loss']:.4f} +{last['test_accuracy']:.2%}", out)
+    assert re.search(rf"last +44 +4 +{last['test_loss']:.4f} +{last['test_accuracy']:.2%}", out)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
 def test_beginning_afresh_in_a_bucket_sets_the_earlier_run_aside(bucket):
-    run = ("--workdir", "gs://bucket/run", "--epochs", 2)
+    run = ("--workdir", "gs://bucket/run", "--epochs", 1)
     for seed in range(2):
         out, err, code = finish(bucket.train(*run, "--seed", seed, "--restart"))
         assert code == 0, err
@@ -205,7 +207,7 @@ def test_beginning_afresh_in_a_bucket_sets_the_earlier_run_aside(bucket):
     )
     assert json.loads(bucket.read(f"{aside}/config.json"))["seed"] == 0
     assert json.loads(bucket.read("run/config.json"))["seed"] == 1
-    assert len(bucket.records(aside)) == len(bucket.records("run")) == 2
+    assert len(bucket.records(aside)) == len(bucket.records("run")) == 1
     evaluated = [
         finish(bucket.train("--workdir", f"gs://bucket/{name}", "--eval_only"))
         for name in (aside, "run")
