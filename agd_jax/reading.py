@@ -210,19 +210,23 @@ def _step(equation: Any, operands: list[Value], reading: Reading) -> list[Value]
     """Returns what the results of an equation are."""
     name, params, count = equation.primitive.name, equation.params, len(equation.outvars)
     if name == "scan":
-        constants, carried = params["num_consts"], params["num_carry"]
-        body = params["jaxpr"].jaxpr
+        body = _open(params["jaxpr"])
+        # What JAX says of the three kinds of operands differs between its versions. What is carried
+        # has the same axes within and without, what is gone over has one more without.
+        carried = sum(map(_alike, equation.outvars, body.outvars))
+        scanned = len(body.invars) - sum(map(_alike, equation.invars, body.invars))
+        constants = len(body.invars) - carried - scanned
         return _loop(body, operands, constants, carried, reading, params["length"])
     if name == "while":
-        constants, carried = params["cond_nconsts"], len(params["body_jaxpr"].jaxpr.outvars)
-        own = operands[constants:]
-        return _loop(params["body_jaxpr"].jaxpr, own, params["body_nconsts"], carried, reading)
+        body = _open(params["body_jaxpr"])
+        own = operands[params["cond_nconsts"] :]
+        return _loop(body, own, params["body_nconsts"], len(body.outvars), reading)
     if name == "cond":
-        found = [_walk(branch.jaxpr, operands[1:], reading) for branch in params["branches"]]
+        found = [_walk(_open(branch), operands[1:], reading) for branch in params["branches"]]
         # What is one parameter or another can be seen as both.
         return [_together(values, reading, name) for values in zip(*found, strict=True)]
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = getattr(params.get(key), "jaxpr", params.get(key))
+        inner = _open(params.get(key))
         if inner is not None and len(inner.invars) == len(operands):
             return _walk(inner, operands, reading)
     if any(map(is_parameters, operands)):
@@ -236,6 +240,15 @@ def _step(equation: Any, operands: list[Value], reading: Reading) -> list[Value]
     product = name in ("mul", "div", "dot_general", "conv_general_dilated") and len(data) > 1
     result = through(data)
     return [result._replace(terms=1) if product else result] * count
+
+
+def _open(jaxpr: Any) -> Any:
+    """Returns a program without its constants, which some versions of JAX keep beside it."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _alike(outer: Any, inner: Any) -> bool:
+    return bool(outer.aval.ndim == inner.aval.ndim)
 
 
 def _together(values: Sequence[Value], reading: Reading, name: str) -> Value:
