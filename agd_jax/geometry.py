@@ -33,12 +33,22 @@ have little influence each. The effective depth is :math:`D = \sum_k a_k`, and e
 :math:`L` of tensors where nothing is summed. Steps of :math:`\delta_k = \eta / D` change the
 results by :math:`\eta`, as the paper's :math:`\eta / L` do in a chain, and the bound that chooses
 :math:`\eta` holds with :math:`D` in place of :math:`L`.
+
+**Mass.** How the change of the results is shared out among parameters is free: as in the modular
+norm, parameter :math:`k` may have a mass :math:`m_k` and steps of :math:`\delta_k = m_k \eta / D`
+with :math:`D = \sum_k m_k a_k`, which change the results by :math:`\eta` too. That
+multiplies :math:`s_k` by :math:`m_k`, in the step and in the dual norm. Matrices, kernels and
+lookups have mass 1, offsets and scales :data:`VECTOR_MASS`: they are more than half of the tensors
+of many networks, and little of what these learn. The number is measured, not derived
+(``docs/results.md``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +62,9 @@ from optax.contrib import MuonDimensionNumbers
 
 from agd_jax import reading
 from agd_jax.reading import Factor, Use
+
+# The mass of offsets and scales.
+VECTOR_MASS = 0.1
 
 
 def norm_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -72,6 +85,7 @@ class Layout:
       taps: those of a convolution's kernel.
       blocks: rows of a lookup, groups of a convolution: each is normalised by itself.
       layers: each is a tensor of its own.
+      mass: what its scale is multiplied by, as its part of a step.
     """
 
     kind: str
@@ -82,6 +96,7 @@ class Layout:
     taps: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
+    mass: float = 1.0
 
     def count(self, *roles: str) -> int:
         """Returns how many there are of some role: the product of its axes."""
@@ -97,7 +112,8 @@ class Layout:
         True
         """
         # Only an empty parameter has a zero here; it has no entries for its scale to matter to.
-        return math.sqrt(self.count("outputs") / max(self.count("inputs", "taps"), 1))
+        ratio = self.count("outputs") / max(self.count("inputs", "taps"), 1)
+        return self.mass * math.sqrt(ratio)
 
     @classmethod
     def of_shape(cls, shape: Sequence[int]) -> Layout:
@@ -236,7 +252,8 @@ def _with_roles(kind: str, shape: tuple[int, ...], roles: dict[str, list[Factor]
             covers = (role for f, role in here if f.outer <= low and f.outer * f.size >= high)
             found[next(covers, "outputs")].append(len(view))
             view.append(high // low)
-    return Layout(kind, shape, tuple(view), **{role: tuple(axes) for role, axes in found.items()})
+    axes: Any = {role: tuple(axes) for role, axes in found.items()}
+    return Layout(kind, shape, tuple(view), **axes)
 
 
 class Geometry:
@@ -245,19 +262,46 @@ class Geometry:
     Attributes:
       layouts: how each parameter is seen, by its path, in the order of the tree.
       structure: the structure of the tree of parameters.
-      depth: the effective depth, as above. If it is None, the number of tensors counts, as in the
-        paper.
+      influence: the influence of each parameter on the results, by its path, as above. If it is
+        None, each tensor counts as one, as in the paper.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout], structure: Any, depth: float | None = None):
+    def __init__(
+        self,
+        layouts: Mapping[str, Layout],
+        structure: Any,
+        influence: Mapping[str, float] | None = None,
+    ):
         """Keeps them."""
         self.layouts = dict(layouts)
         self.structure = structure
-        self.depth = depth
+        self.influence = influence
 
-    def with_depth(self, depth: float | None) -> Geometry:
-        """Returns the geometry with another depth; with None, the number of tensors counts."""
-        return Geometry(self.layouts, self.structure, depth)
+    @property
+    def depth(self) -> float | None:
+        """The effective depth; None if each tensor counts as one.
+
+        It is at least the largest mass, so that no tensor moves by more than eta.
+        """
+        if self.influence is None:
+            return None
+        masses = [self.layouts[path].mass for path in self.influence]
+        depth: float = sum(map(operator.mul, masses, self.influence.values()))
+        return max([depth, *masses])
+
+    def with_mass(self, mass: float) -> Geometry:
+        """Returns the geometry with another mass of offsets and scales."""
+        layouts = {
+            path: dataclasses.replace(layout, mass=mass)
+            if layout.kind in ("offset", "scale")
+            else layout
+            for path, layout in self.layouts.items()
+        }
+        return Geometry(layouts, self.structure, self.influence)
+
+    def by_tensors(self) -> Geometry:
+        """Returns the geometry in which each tensor counts as one, as in the paper."""
+        return Geometry(self.with_mass(1.0).layouts, self.structure)
 
     def layout(self, path: str, leaf: Any) -> Layout:
         """Returns the layout of a parameter.
@@ -360,10 +404,10 @@ def geometry_of(
     >>> geometry = geometry_of(apply, params, jnp.zeros((2, 784)))
     >>> print(geometry)
     path    shape      kind    inputs  outputs  taps  layers   scale
-    bias    (64,)      offset       1       64     1       1       8
+    bias    (64,)      offset       1       64     1       1     0.8
     hidden  (784, 64)  matrix     784       64     1       1  0.2857
     out     (10, 64)   matrix      64       10     1       1  0.3953
-    effective depth 3
+    effective depth 2.1
 
     Args:
       apply: the network, as ``apply(params, *example_inputs)``. It is traced, and nothing is
@@ -404,7 +448,8 @@ def geometry_of(
             f"{'; '.join(lost)}",
             stacklevel=2,
         )
-    return Geometry(layouts, jax.tree.structure(params), max(found.depth, 1.0))
+    influence = dict(zip(dict(leaves), found.influence, strict=True))
+    return Geometry(layouts, jax.tree.structure(params), influence).with_mass(VECTOR_MASS)
 
 
 def _given(shape: tuple[int, ...], numbers: MuonDimensionNumbers) -> Layout:

@@ -167,10 +167,10 @@ def agd(
 
     Args:
       geometry: how each parameter is used, from :func:`agd_jax.geometry_of`; the effective depth
-        of the network then takes the place of :math:`L`, of which ``geometry.with_depth(None)``
-        makes the number of tensors again. Without it, the shapes of parameters say it: the last
-        two axes are inputs and outputs, those before count taps, as in Flax's dense and
-        convolution kernels.
+        of the network then takes the place of :math:`L`, and offsets and scales take a smaller
+        part of the step (:mod:`agd_jax.geometry`), both of which ``geometry.by_tensors()`` undoes.
+        Without it, the shapes of parameters say it: the last two axes are inputs and outputs, those
+        before count taps, as in Flax's dense and convolution kernels.
       norm: ``"frobenius"``, as in the paper, or ``"spectral"``.
       momentum: the decay of the running mean of gradients, at least 0 and less than 1; by default
         0, without a mean, for the Frobenius norm, and 0.95 for the spectral one.
@@ -239,7 +239,7 @@ def agd(
         likes = updates if params is None else params
         layouts = layouts_of(updates, geometry)
         if isinstance(state, MomentumState):
-            updates, steps, mean = _averaged(layouts, updates, state, momentum)
+            updates, steps, mean = averaged_gradients(layouts, updates, state, momentum)
         tensors = sum(layout.count("layers") for layout in jax.tree.leaves(layouts))
         depth = (geometry.depth if geometry else None) or max(tensors, 1)
         scaled, norms, exponent = _measure(layouts, updates)
@@ -250,7 +250,7 @@ def agd(
         largest = jnp.where(jnp.isfinite(total), np.finfo(total.dtype).max, jnp.inf)
         gradient_summary = jnp.minimum(gradient_summary, largest)
         if isinstance(state, MomentumState):
-            gradient_summary = _growing_slowly(gradient_summary, state)
+            gradient_summary = growing_slowly(gradient_summary, state)
         eta = automatic_learning_rate(gradient_summary)
         size = jnp.multiply(gain, eta) / depth
         if norm == "spectral":
@@ -279,7 +279,7 @@ def agd(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _averaged(
+def averaged_gradients(
     layouts: Any, grads: optax.Updates, state: MomentumState, decay: jax.typing.ArrayLike
 ) -> tuple[optax.Updates, jax.Array, optax.Updates]:
     """Returns the gradients that a step with momentum goes by, and the new steps and mean."""
@@ -300,7 +300,7 @@ def _averaged(
     return jax.tree.map(present, layouts, ahead, grads), steps, mean
 
 
-def _growing_slowly(summary: jax.Array, state: MomentumState) -> jax.Array:
+def growing_slowly(summary: jax.Array, state: MomentumState) -> jax.Array:
     """Returns a gradient summary that has grown no more than the number of steps has."""
     before, steps = (x.astype(summary.dtype) for x in (state.gradient_summary, state.steps))
     limit = before * (steps + 1) / jnp.maximum(steps, 1)

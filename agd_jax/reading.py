@@ -148,12 +148,12 @@ class Reading(NamedTuple):
     Attributes:
       uses: for each parameter, how often it is used in which way.
       stopped: for each parameter, the operations at which it could not be followed.
-      depth: the effective depth of the program: the influence of all parameters on its results.
+      influence: for each parameter, its influence on the results of the program.
     """
 
     uses: list[Counter[Use]]
     stopped: list[list[str]]
-    depth: float = 0.0
+    influence: Sequence[float] = ()
 
     @staticmethod
     def of(count: int) -> Reading:
@@ -186,7 +186,8 @@ def read(apply: Callable[..., Any], params: Any, *inputs: Any) -> Reading:
     results = _walk(closed.jaxpr, values, reading)
     for value in results:
         reading.stop(value, "the result")
-    return reading._replace(depth=sum(through(results).influence.values()))
+    influence = through(results).influence
+    return reading._replace(influence=[influence.get(i, 0.0) for i in range(len(shapes))])
 
 
 def _axis(axis: int, size: int) -> Axis:

@@ -116,6 +116,7 @@ def agd(
     revision: int,
     geometry: agd_jax.Geometry,
     depth: Literal["effective", "tensors"] = "effective",
+    mass: float | None = None,
     start: str = "orthogonal",
     average: bool = False,
     **settings: Any,
@@ -126,11 +127,14 @@ def agd(
       revision: a higher one has its runs taken again: when AGD takes other steps than before.
       geometry: how parameters are used.
       depth: what the step is shared out by.
+      mass: the mass of offsets and scales, if another.
       start: what it starts from, for the key of a run alone.
       average: whether its weights are averaged.
       settings: other arguments of ``agd_jax.agd``.
     """
-    known = geometry if depth == "effective" else geometry.with_depth(None)
+    known = geometry if depth == "effective" else geometry.by_tensors()
+    if mass is not None:
+        known = known.with_mass(mass)
     tx = agd_jax.agd(geometry=known, **settings)
     return agd_jax.averaged(tx) if average else tx
 
@@ -155,6 +159,7 @@ OPTIMIZERS = {
     "agd": of_agd(),
     # The paper's share of each layer, whatever the network.
     "agd_tensors": of_agd(depth="tensors"),
+    "agd_mass_one": of_agd(mass=1.0),
     "agd_own_start": of_agd(start="flax"),
     "agd_averaged": of_agd(average=True),
     "agd_momentum": of_agd(revision=2, momentum=0.95, average=True),
@@ -192,31 +197,25 @@ OPTIMIZERS = {
     "mechanic": Optimizer(without_rate(lambda: contrib.mechanize(optax.adamw(1.0)))),
 }
 
-variant = functools.partial(of_agd, variants.spectral)
+library = functools.partial(of_agd, norm="spectral", average=True)
+variant = functools.partial(of_agd, variants.spectral, revision=2)
 VARIANTS = {
-    "v_base": variant(),
-    "v_tensors": variant(summary="tensors"),
-    "v_least": variant(cap="least"),
-    "v_slow": variant(cap="slow"),
-    "v_vectors_third": variant(vectors=1 / 3),
-    "v_vectors_zero": variant(vectors=0.0),
-    "v_half": variant(share=0.5),
-    "v_twice": variant(share=2.0),
-    "v_twice_slow": variant(share=2.0, cap="slow"),
-    "v_four_slow": variant(share=4.0, cap="slow"),
-    "v_third_slow": variant(vectors=1 / 3, cap="slow"),
-    "v_third_twice_slow": variant(vectors=1 / 3, share=2.0, cap="slow"),
+    "v_mass_one": library(mass=1.0),
+    "v_mass_third": library(mass=1 / 3),
+    "v_mass_thirtieth": library(mass=1 / 30),
+    "v_half": library(gain=0.5),
+    "v_twice": library(gain=2.0),
+    "v_momentum_9": library(momentum=0.9),
+    "v_momentum_98": library(momentum=0.98),
+    "v_free": variant(growth="free"),
+    "v_never": variant(growth="never"),
     "v_tables_third": variant(tables=1 / 3),
     "v_head_third": variant(ends=1 / 3),
     "v_head_three": variant(ends=3.0),
     "v_rows": variant(rows=True),
-    "v_whole": variant(whole_kernels=True),
     "v_nuclear": variant(nuclear=True),
-    "v_nuclear_slow": variant(nuclear=True, cap="slow"),
     "v_distance": variant(distance=True),
     "v_decay": variant(decay=0.1),
-    "v_m9": variant(momentum=0.9),
-    "v_m98": variant(momentum=0.98),
-    "v_growing": variant(momentum=0.98, growing=True),
+    "v_relative": variant(relative=True),
 }
 OPTIMIZERS |= VARIANTS

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import agd_jax
 from agd_jax.geometry import Layout, layouts_of
-from agd_jax.optimizer import automatic_learning_rate
+from agd_jax.optimizer import (
+    MOMENTUM,
+    ROUNDING_UNITS,
+    MomentumState,
+    automatic_learning_rate,
+    averaged_gradients,
+    growing_slowly,
+)
 from agd_jax.spectral import orthogonal_factors
 
 
 class State(NamedTuple):
-    """The state of a variant; each uses a part of it."""
+    """The state of a variant: that of spectral AGD, and what each variant has besides."""
 
+    eta: jax.Array
+    gradient_summary: jax.Array
     steps: jax.Array
     mean: Any
-    eta: jax.Array
-    summary: jax.Array
     squares: Any
     start: Any
     farthest: Any
@@ -30,87 +38,59 @@ def spectral(
     revision: int,
     geometry: agd_jax.Geometry,
     *,
-    momentum: float = 0.95,
-    growing: bool = False,
-    summary: str = "depth",
-    cap: str = "",
-    share: float = 1.0,
-    vectors: float = 1.0,
+    growth: Literal["slow", "free", "never"] = "slow",
     tables: float = 1.0,
     ends: float = 1.0,
     rows: bool = False,
-    whole_kernels: bool = False,
     nuclear: bool = False,
     distance: bool = False,
     decay: float = 0.0,
+    relative: bool = False,
 ) -> optax.GradientTransformation:
     """Returns spectral AGD with averaged weights and changes.
 
     Args:
       revision: a higher one has its runs taken again.
       geometry: how parameters are used.
-      momentum: the decay of the running mean of gradients.
-      growing: lets the momentum grow with the step, to it.
-      summary: what divides the sum in G: the effective ``depth`` or the number of ``tensors``.
-      cap: no G but the ``least`` so far counts, or one that grows no faster than the step
-        (``slow``).
-      share: a factor for all steps.
-      vectors: a factor for the steps of offsets and scales.
+      growth: whether G grows no faster than the number of steps, freely, or never.
       tables: a factor for the steps of lookups.
       ends: a factor for the steps of the last matrix.
       rows: normalises outputs by a running mean of their squares (NorMuon, arXiv:2510.05491).
-      whole_kernels: takes a kernel with its taps as one matrix.
       nuclear: measures G by nuclear norms, the dual of the operator norm (PolarGrad,
         arXiv:2505.21799).
-      distance: bounds eta by the distance from the start over the root of the step, for each
-        tensor (arXiv:2605.18999).
+      distance: bounds the step of each tensor by its largest distance from the start over the root
+        of the number of steps (arXiv:2605.18999).
       decay: weight decay, as a part of each step.
+      relative: lets the steps of a matrix grow as its norm does, so that their relative size does
+        not fall.
     """
     flat = geometry.layouts
-    if whole_kernels:
-        flat = {path: _whole(one) for path, one in flat.items()}
-    geometry = agd_jax.Geometry(flat, geometry.structure, geometry.depth)
     matrices = [path for path, one in flat.items() if one.kind == "matrix"]
     last = next((path for path in matrices if "head" in path), matrices[-1])
-    of_path = {
-        path: vectors if one.kind in ("offset", "scale") else tables if one.kind == "lookup" else 1
-        for path, one in flat.items()
-    }
-    of_path[last] *= ends
-    shares = list(of_path.values())
+    factor_of = {path: tables if one.kind == "lookup" else 1.0 for path, one in flat.items()}
+    factor_of[last] *= ends
+    depth = geometry.depth or 1.0
 
     def init(params: Any) -> State:
         zeros = jax.tree.map(jnp.zeros_like, params)
         zero = jnp.zeros([])
-        none = jax.tree.map(lambda p: jnp.zeros([]), params)
-        squares = zeros if rows else none
-        start = jax.tree.map(jnp.array, params) if distance else none
-        return State(jnp.zeros([], jnp.int32), zeros, zero, zero, squares, start, none)
+        none = jax.tree.map(lambda p: zero, params)
+        start = jax.tree.map(jnp.array, params) if distance or relative else none
+        steps = jnp.zeros([], jnp.int32)
+        return State(zero, zero, steps, zeros, zeros if rows else none, start, none)
 
     def update(grads: Any, state: State, params: Any) -> tuple[Any, State]:
-        count = state.steps + 1
-        t = count.astype(jnp.float32)
-        beta = jnp.minimum(momentum, t / (t + 3)) if growing else jnp.float32(momentum)
-        mean = optax.tree.update_moment(grads, state.mean, beta, 1)
-        if growing:
-            ahead = optax.tree.update_moment(grads, mean, beta, 1)
-        else:
-            ahead = optax.tree.update_moment(
-                optax.tree.bias_correction(grads, beta, count),
-                optax.tree.bias_correction(mean, beta, count + 1),
-                beta,
-                1,
-            )
+        before = MomentumState(*state[:4])
         layouts = layouts_of(grads, geometry)
+        ahead, steps, mean = averaged_gradients(layouts, grads, before, MOMENTUM)
+        t = steps.astype(jnp.float32)
         norms = jax.tree.map(Layout.norms, layouts, ahead)
         duals = jax.tree.map(Layout.dual_norm, layouts, norms)
-        total = jnp.sum(jnp.stack([jnp.sum(dual) for dual in jax.tree.leaves(duals)]))
-        tensors = sum(layout.count("layers") for layout in jax.tree.leaves(layouts))
-        depth = geometry.depth or max(tensors, 1)
+        total = optax.tree.sum(duals)
         factors, units = orthogonal_factors(layouts, ahead, norms)
         measured = total
         if nuclear:
-            # Of a matrix <m, O>; of all else what it was.
+            # Of a matrix <m, O>, where O has the size of its taps; of all else what it was.
             inner = jax.tree.map(
                 lambda one, m, o, d, n, u: jnp.sum(d) if n is u else one.scale * jnp.sum(m * o),
                 layouts,
@@ -120,60 +100,50 @@ def spectral(
                 norms,
                 units,
             )
-            measured = jnp.sum(jnp.stack(jax.tree.leaves(inner)))
-        summed = jnp.divide(measured, depth if summary == "depth" else tensors)
-        before = jnp.where(count == 1, jnp.inf, state.summary)
-        if cap == "least":
-            summed = jnp.minimum(summed, before)
-        elif cap == "slow":
-            summed = jnp.minimum(summed, before * t / jnp.maximum(t - 1, 1))
-        eta = automatic_learning_rate(summed)
+            measured = optax.tree.sum(inner)
+        summary = jnp.divide(measured, depth)
+        if growth == "slow":
+            summary = growing_slowly(summary, before)
+        elif growth == "never":
+            summary = jnp.where(steps > 1, jnp.minimum(summary, state.gradient_summary), summary)
+        eta = automatic_learning_rate(summary)
         squares, farthest = state.squares, state.farthest
         if rows:
-            squares = jax.tree.map(
-                lambda one, o, v: _mean_square(one, o, v, t), layouts, factors, squares
-            )
-            factors = jax.tree.map(
-                lambda one, o, v: _normalised(one, o, v, t), layouts, factors, squares
-            )
+            squares = jax.tree.map(_mean_square, layouts, factors, squares)
+            normalised = lambda one, o, v: _normalised(one, o, v, t)
+            factors = jax.tree.map(normalised, layouts, factors, squares)
         if distance:
-            gone = jax.tree.map(
-                lambda one, p, s: jnp.max(one.norms(p - s)) / one.scale,
-                layouts,
-                params,
-                state.start,
-            )
+            moved = jax.tree.map(lambda p, s: p - s, params, state.start)
+            gone = jax.tree.map(lambda one, d: jnp.max(one.norms(d)) / one.scale, layouts, moved)
             farthest = jax.tree.map(jnp.maximum, farthest, gone)
 
-        def step(one: Layout, o: Any, u: Any, d: Any, p: Any, own: float, far: Any) -> Any:
-            size = share * own * eta / depth
+        def step(
+            one: Layout, o: Any, u: Any, d: Any, p: Any, own: float, start: Any, far: Any
+        ) -> Any:
+            size = own * eta / depth
+            matrix = one.kind in ("matrix", "convolution")
             if distance:
                 size = jnp.where(t > 10, jnp.minimum(size, far / jnp.sqrt(t)), size)
-            move = jnp.where(d < 64 * 1.2e-7 * total, 0, size)
-            kept = decay * size * p if decay and one.kind in ("matrix", "convolution") else 0
+            if relative and matrix:
+                size = size * jnp.maximum(jnp.linalg.norm(p) / jnp.linalg.norm(start), 1)
+            move = jnp.where(d < ROUNDING_UNITS * np.finfo(d.dtype).eps * total, 0, size)
+            kept = decay * size * p if decay and matrix else 0
             return one.direction(o, u, -move) - kept
 
-        likes = grads if params is None else params
-        own = jax.tree.unflatten(jax.tree.structure(grads), shares)
-        updates = jax.tree.map(step, layouts, factors, units, duals, likes, own, farthest)
-        return updates, State(count, mean, eta, summed, squares, state.start, farthest)
+        own = jax.tree.unflatten(jax.tree.structure(grads), factor_of.values())
+        updates = jax.tree.map(
+            step, layouts, factors, units, duals, params, own, state.start, farthest
+        )
+        return updates, State(eta, summary, steps, mean, squares, state.start, farthest)
 
     return agd_jax.averaged(optax.GradientTransformation(init, update))
 
 
-def _whole(one: Layout) -> Layout:
-    """Returns a layout whose taps are inputs too."""
-    if not one.taps:
-        return one
-    inputs = (*one.taps, *one.inputs)
-    return Layout(one.kind, one.shape, one.view, inputs, one.outputs, (), one.blocks, one.layers)
-
-
-def _mean_square(one: Layout, o: jax.Array, v: jax.Array, t: jax.Array) -> jax.Array:
+def _mean_square(one: Layout, o: jax.Array, v: jax.Array) -> jax.Array:
     if one.kind not in ("matrix", "convolution"):
         return v
     seen = jnp.square(o.reshape(one.view))
-    mean = jnp.mean(seen, axis=one.inputs, keepdims=True)
+    mean = jnp.mean(seen, axis=(*one.inputs, *one.taps), keepdims=True)
     return 0.95 * v + 0.05 * jnp.broadcast_to(mean, one.view).reshape(one.shape)
 
 

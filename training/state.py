@@ -115,7 +115,7 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
     geometry = _geometry(config)
     if config.norm == "frobenius" and config.arch != "vit":
-        geometry = geometry.with_depth(None)  # The paper's networks, as in the paper.
+        geometry = geometry.by_tensors()  # The paper's networks, as in the paper.
     tx = agd_jax.agd(geometry=geometry, norm=cast("Norm", config.norm), gain=config.gain)
     return agd_jax.averaged(tx) if config.average else tx
 

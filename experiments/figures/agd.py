@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class Choices:
-    """AGD by effective depth and by the number of tensors, from orthogonal and from own weights."""
+    """AGD by effective depth, without masses, by the number of tensors, and from own weights."""
 
     published = (
         "The step is shared out by the number of tensors, and starts from orthogonal weights "
         "(the paper, for networks without residual streams, norms and biases)."
     )
-    optimizers = ("agd", "agd_tensors", "agd_own_start")
+    optimizers = ("agd", "agd_mass_one", "agd_tensors", "agd_own_start")
 
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns a run of each choice on each task."""

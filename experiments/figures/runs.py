@@ -25,6 +25,7 @@ LONGEST_GRID = 9
 COLOURS = {
     "agd": "#d62728",
     "agd_tensors": "#67000d",
+    "agd_mass_one": "#bcbd22",
     "agd_own_start": "#fc9272",
     "agd_averaged": "#e7969c",
     "agd_momentum": "#ad494a",
@@ -156,11 +157,16 @@ def table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def picture(panels: int, width: float = 4.5, height: float = 4) -> tuple[Picture, list[Axes]]:
-    """Returns a picture with panels side by side."""
+    """Returns a picture with panels side by side, more than four in rows of three."""
     from matplotlib.figure import Figure as Picture
 
-    canvas = Picture(figsize=(width * panels, height), layout="constrained")
-    axes = list(canvas.subplots(1, panels, squeeze=False)[0])
+    columns = 3 if panels > 4 else panels
+    rows = -(-panels // columns)
+    canvas = Picture(figsize=(width * columns, height * rows), layout="constrained")
+    cells = canvas.subplots(rows, columns, squeeze=False).ravel()
+    for cell in cells[panels:]:
+        cell.remove()
+    axes = list(cells[:panels])
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

@@ -50,12 +50,11 @@ class Variants:
         return [BASE, *VARIANTS][: 2 if budget == "smoke" else None]
 
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
-        """Returns three runs of each variant on each task."""
+        """Returns a run of each variant on each task."""
         return [
-            Need(task, name, seed=seed)
+            Need(task, name)
             for name in self.variants(budget)
             for task in self.tasks(budget).values()
-            for seed in SEEDS
         ]
 
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
@@ -63,8 +62,8 @@ class Variants:
         its = self.tasks(budget)
 
         def loss(task: Task, name: str) -> float | None:
-            found = there((Need(task, name, seed=seed) for seed in SEEDS), runs)
-            return statistics.fmean(map(final, found)) if found else None
+            found = there([Need(task, name)], runs)
+            return final(found[0]) if found else None
 
         rows: list[dict[str, Any]] = []
         for name in self.variants(budget):
@@ -83,7 +82,7 @@ class Variants:
         """Draws the validation losses of spectral AGD, a panel for each task."""
 
         def found(task: Task) -> list[list[Run]]:
-            return [there([Need(task, BASE, seed=seed) for seed in SEEDS], runs)]
+            return [there([Need(task, BASE)], runs)]
 
         return losses_of_tasks(self.tasks(budget), found, "validation")[0]
 

@@ -187,7 +187,7 @@ class Yardstick:
             target = self.target(task, runs)
             if math.isfinite(target):
                 axes.axhline(target, color=COLOURS[self.reference], linewidth=0.8, linestyle=":")
-                axes.set_ylim(0.85 * target, 1.8 * target)
+                axes.set_ylim(0.75 * target, 1.8 * target)
         return canvas
 
 

@@ -11,15 +11,16 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import agd_jax
+from agd_jax.geometry import VECTOR_MASS
 
 D, HEADS, TOKENS = 8, 2, 5
 
 
 def rows(geometry):
-    """Kind, inputs, outputs, taps, layers and scale of each parameter, by its path."""
+    """Kind, inputs, outputs, taps, layers and scale, of mass 1, of each parameter, by its path."""
     return {
         path: (one.kind, *map(one.count, ("inputs", "outputs", "taps", "layers")), one.scale)
-        for path, one in geometry.layouts.items()
+        for path, one in geometry.with_mass(1.0).layouts.items()
     }
 
 
@@ -342,7 +343,46 @@ def block(x, w):
 )
 def test_effective_depth(apply, shape, depth):
     found = agd_jax.reading.read(lambda p, x: apply(p["p"], x), {"p": zeros(*shape)}, X)
-    assert found.depth == pytest.approx(depth)
+    assert sum(found.influence) == pytest.approx(depth)
+
+
+def test_offsets_and_scales_have_a_mass_which_shares_out_the_step():
+    def apply(params, x):
+        return jnp.tanh(x @ params["kernel"] + params["bias"]) * params["scale"]
+
+    shapes = {"kernel": (D, D), "bias": (D,), "scale": (D,)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    x = jax.random.normal(jax.random.key(1), (4, D))
+    geometry = agd_jax.geometry_of(apply, params, x)
+    assert geometry.depth == pytest.approx(1 + 2 * VECTOR_MASS)
+    assert geometry.with_mass(1.0).depth == 3
+    assert geometry.layouts["bias"].scale == pytest.approx(VECTOR_MASS * D**0.5)
+    assert geometry.by_tensors().depth is None
+    grads = jax.grad(lambda p: jnp.sum(apply(p, x) ** 2))(params)
+    norms = {name: float(jnp.linalg.norm(g)) for name, g in grads.items()}
+    for norm in ("frobenius", "spectral"):
+        tx = agd_jax.agd(geometry=geometry, norm=norm)
+        updates, state = tx.update(grads, tx.init(params), params)
+        vectors = VECTOR_MASS * D**0.5
+        size = float(optax.tree.get(state, "eta")) / geometry.depth
+        for name in ("bias", "scale"):
+            assert float(jnp.linalg.norm(updates[name])) == pytest.approx(vectors * size, rel=1e-4)
+        if norm == "frobenius":
+            assert float(jnp.linalg.norm(updates["kernel"])) == pytest.approx(size, rel=1e-4)
+            total = norms["kernel"] + vectors * (norms["bias"] + norms["scale"])
+            summary = optax.tree.get(state, "gradient_summary")
+            assert summary == pytest.approx(total / geometry.depth, rel=1e-4)
+    # Where there are no others, offsets and scales take the whole step.
+    alone = agd_jax.geometry_of(lambda p, x: x * p, jnp.ones(D), x)
+    (scale,) = alone.layouts.values()
+    assert scale.scale / alone.depth == pytest.approx(D**0.5)
+    assert agd_jax.geometry_of(lambda p, x: x, {}, x).depth == 0
+    # As in the paper, with tensors that count alike, and as without a geometry.
+    alike, shapes_alone = (
+        tx.update(grads, tx.init(params), params)[0]
+        for tx in (agd_jax.agd(geometry=geometry.by_tensors()), agd_jax.agd())
+    )
+    assert all(map(np.array_equal, jax.tree.leaves(alike), jax.tree.leaves(shapes_alone)))
 
 
 @pytest.mark.parametrize("depth", ["effective", None])
@@ -352,7 +392,7 @@ def test_the_step_is_shared_out_by_the_effective_depth(depth):
     x = jax.random.normal(jax.random.key(1), (4, D))
     geometry = agd_jax.geometry_of(apply, params, x)
     if depth is None:
-        geometry = geometry.with_depth(None)
+        geometry = geometry.by_tensors()
     share = 5 / 6 if depth else 2
     grads = jax.grad(lambda p: jnp.sum(apply(p, x) ** 2))(params)
     tx = agd_jax.agd(geometry=geometry)

@@ -11,8 +11,9 @@ import optax
 import pytest
 from flax import nnx
 
+import agd_jax
 from experiments import __main__ as program
-from experiments import runner, tasks
+from experiments import runner, tasks, variants
 from experiments.__main__ import Run, main
 from experiments.figures import FIGURES, paper, runs, spectral, yardstick
 from experiments.figures.runs import Need
@@ -161,7 +162,7 @@ def test_averaged_weights_have_statistics_of_their_own():
     [
         *(name for name in OPTIMIZERS if name not in VARIANTS),
         # Those with code of their own.
-        *("v_slow", "v_rows", "v_nuclear", "v_distance", "v_growing", "v_decay"),
+        *("v_rows", "v_nuclear", "v_distance", "v_decay", "v_relative"),
     ],
 )
 def test_every_optimiser_learns(optimizer):
@@ -173,6 +174,26 @@ def test_every_optimiser_learns(optimizer):
         for rate in rates[1:3] or rates
     ]
     assert min(losses) < 0.9
+
+
+def test_a_variant_without_a_change_is_spectral_agd():
+    apply = lambda p, x: jnp.tanh(p["table"][x] @ p["in"] + p["bias"]) @ p["out"]
+    shapes = {"table": (5, 4), "in": (4, 6), "bias": (6,), "out": (6, 3)}
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    draw = lambda: {k: jax.random.normal(next(keys), shape) for k, shape in shapes.items()}
+    params, x = draw(), jnp.arange(5)
+    geometry = agd_jax.geometry_of(apply, params, x)
+    library = agd_jax.averaged(agd_jax.agd(geometry=geometry, norm="spectral"))
+    txs = (library, variants.spectral(2, geometry))
+    states = [tx.init(params) for tx in txs]
+    for grads in (draw(), draw(), jax.tree.map(lambda g: 5 * g, draw())):
+        (expected, one), (found, other) = (
+            tx.update(grads, state, params) for tx, state in zip(txs, states, strict=True)
+        )
+        states = [one, other]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+        )
 
 
 @pytest.mark.slow
