@@ -1,4 +1,4 @@
-"""Everything in the README that a reader may paste, pasted."""
+"""Everything in the README and the pages of docs/ that a reader may paste, pasted."""
 
 import os
 import re
@@ -22,13 +22,14 @@ from input_pipeline.specs import SPECS
 from tests.helpers import ROOT, free_address
 from tests.images import write_tars, write_tree
 
-README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 SMALL = "--arch fcn --width 16 --depth 2 --train_bs 4 --test_bs 4 --image_size 16 --epochs 1"
 
 
-def blocks(language):
-    """What the README has in this language, without the indentation of lists."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)
+def blocks(page, language):
+    """What a page has in this language, without the indentation of lists."""
+    text = (ROOT / page).read_text()
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
 
 
@@ -71,81 +72,26 @@ def pasted(clone, command):
     return run.stdout
 
 
+def commands_of(page):
+    return iter(blocks(page, "sh"))
+
+
 @pytest.mark.slow
-def test_every_command_does_what_it_says(clone, tmp_path):
-    """In the order of the README, some of them smaller: what is added is said here."""
-    commands = iter(blocks("sh"))
+def test_every_command_of_a_run_does_what_it_says(clone):
+    readme, index, commands = map(commands_of, ("README.md", "docs/index.md", "docs/training.md"))
     install = "git clone <this repository> agd-jax && cd agd-jax\n"
-    assert "devices   1 x " in pasted(clone, next(commands).removeprefix(install))
-    assert next(commands) == "./run test\n"  # This is one of them.
+    train = next(commands)
+    assert train == next(readme) == f"{install}./run train\n"
+    assert next(readme) == "./run test\n"  # This is one of them.
+    assert list(index) == ["pip install .\n", "./run train\n"]  # The first is tests/test_wheel.py.
+    assert "devices   1 x " in pasted(clone, train.removeprefix(install))
     assert "resumed   after step 220, with 20 epochs done" in pasted(clone, next(commands))
     out = pasted(clone, next(commands))
     assert re.search(r"^last +440 +40 ", out, re.MULTILINE)
     assert "digits.safetensors: 10 tensors of the best checkpoint" in out
+    assert next(commands, None) is next(readme, None) is None
 
-    tree = write_tree(tmp_path / "tree", train=12, test=6)
-    command = next(commands).rstrip().replace("DIR", shlex.quote(os.fspath(tree)))
-    assert "image_folder of 3 classes, 12 training and 6 test" in pasted(
-        clone, f"{command} {SMALL}"
-    )
-    command = next(commands).rstrip().replace("DIR", shlex.quote(os.fspath(tree)))
-    assert "resnet50" in command
-    assert "imagenet, 12 training and 6 test" in pasted(clone, f"{command} {SMALL}")
-
-    write_tars(tmp_path, {"n01440764": ["n01440764_1.JPEG"]}, ["ILSVRC2012_val_00000001.JPEG"])
-    command = next(commands).replace("TARS", shlex.quote(os.fspath(tmp_path)))
-    out = pasted(clone, command.replace("DIR", shlex.quote(os.fspath(tmp_path / "tfds"))))
-    assert f"imagenet is prepared in {tmp_path / 'tfds'}" in out
-
-    first = next(commands).replace("10.0.0.1:1234", free_address())
-    first = first.replace(" # and 1\n", " --epochs 1 --workdir runs/two")
-    second = first.replace("--process_id 0", "--process_id 1")
-    assert "of 2 processes" in pasted(clone, f"{second} > other.log 2>&1 & {first}; wait")
-    assert next(commands, None) is None
-
-
-@pytest.mark.slow
-def scanned():
-    """A network that scans over three layers, with its parameters and its input."""
-
-    def apply(params, x):
-        def layer(x, p):
-            y = x * p["norm"]["scale"]
-            query = jnp.einsum("td,dhk->thk", y, p["query"]["kernel"]) + p["query"]["bias"]
-            return x + jnp.tanh(query.reshape(x.shape) @ p["up"]) @ p["down"], None
-
-        return jax.lax.scan(layer, x, params["layers"])[0]
-
-    query = {"kernel": jnp.ones((3, 8, 2, 4)), "bias": jnp.ones((3, 2, 4))}
-    dense = {"up": jnp.ones((3, 8, 16)), "down": jnp.ones((3, 16, 8))}
-    params = {"layers": {"norm": {"scale": jnp.ones((3, 8))}, "query": query} | dense}
-    return apply, params, jnp.ones((5, 8))
-
-
-@pytest.mark.slow
-def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
-    step, averaged, use, geometry, partition = blocks("python")
-    names = {}
-    exec(step, names)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(32, 784)), rng.normal(size=(32, 10))
-    dense, opt_state = names["step"](names["params"], names["opt_state"], x, y)
-    assert opt_state.eta > 0
-    averages = names | {"params": dense}
-    exec(averaged, averages)
-    jax.tree.map(np.testing.assert_array_equal, averages["evaluated"], dense)
-    apply, params, x = scanned()
-    exec(geometry, names | {"apply": apply, "params": params, "example_inputs": [x]})
-    assert str(agd_jax.geometry_of(apply, params, x)) in README
-    exec(partition, names)
-    attention = nn.MultiHeadDotProductAttention(num_heads=2).init(
-        jax.random.key(0), np.ones((1, 3, 4))
-    )
-    with warnings.catch_warnings(action="error"):
-        names["tx"].init({"dense": dense, "attention": attention["params"]})
-
-    if not (clone / "runs" / "digits").exists():
-        pasted(clone, "./run train --workdir runs/digits --epochs 20")
+    (use,) = blocks("docs/training.md", "python")
     digits = resident.load(SPECS["digits"]).test
     (seven, *_) = digits.images[digits.labels == 7]
     Image.fromarray(seven[..., 0]).resize((80, 80), Image.Resampling.NEAREST).save(
@@ -153,6 +99,82 @@ def test_every_piece_of_python_does_what_it_says(clone, monkeypatch):
     )
     (clone / "use.py").write_text(use)
     assert pasted(clone, ".venv/bin/python use.py") == "7\n"
+
+
+@pytest.mark.slow
+def test_every_command_of_data_and_devices_does_what_it_says(clone, tmp_path):
+    """Some of them smaller: what is added is said here."""
+    commands = commands_of("docs/data.md")
+    tree = write_tree(tmp_path / "tree", train=12, test=6)
+    command = next(commands).rstrip().replace("DIR", shlex.quote(os.fspath(tree)))
+    assert "image_folder of 3 classes, 12 training and 6 test" in pasted(
+        clone, f"{command} {SMALL}"
+    )
+    write_tars(tmp_path, {"n01440764": ["n01440764_1.JPEG"]}, ["ILSVRC2012_val_00000001.JPEG"])
+    command = next(commands).replace("TARS", shlex.quote(os.fspath(tmp_path)))
+    out = pasted(clone, command.replace("DIR", shlex.quote(os.fspath(tmp_path / "tfds"))))
+    assert f"imagenet is prepared in {tmp_path / 'tfds'}" in out
+    command = next(commands).rstrip().replace("DIR", shlex.quote(os.fspath(tree)))
+    assert "resnet50" in command
+    assert "imagenet, 12 training and 6 test" in pasted(clone, f"{command} {SMALL}")
+    assert next(commands, None) is None
+
+    (first,) = commands_of("docs/devices.md")
+    first = first.replace("10.0.0.1:1234", free_address())
+    first = first.replace(" # and 1\n", " --epochs 1 --workdir runs/two")
+    second = first.replace("--process_id 0", "--process_id 1")
+    assert "of 2 processes" in pasted(clone, f"{second} > other.log 2>&1 & {first}; wait")
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES if page.name != "training.md"])
+def test_every_piece_of_python_on_a_page_runs(page, capsys):
+    names = {}
+    with warnings.catch_warnings(action="error"):
+        for block in blocks(f"docs/{page}", "python"):
+            exec(block, names)
+    printed = capsys.readouterr().out
+    for table in blocks(f"docs/{page}", "text") if page == "any_model.md" else ():
+        assert table in printed
+    if page == "optax.md":
+        params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+        attention = nn.MultiHeadDotProductAttention(num_heads=2).init(
+            jax.random.key(0), np.ones((1, 3, 4))
+        )
+        with warnings.catch_warnings(action="error"):
+            names["tx"].init(params | {"attention": attention["params"]})
+
+
+def test_every_piece_of_python_of_the_readme_runs():
+    step, geometry = blocks("README.md", "python")
+    names = {}
+    exec(step, names)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 784)), rng.normal(size=(32, 10))
+    params, opt_state = names["step"](names["params"], names["opt_state"], x, y)
+    assert opt_state.eta > 0
+    names |= {
+        "apply": lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"],
+        "params": params,
+        "example_inputs": [x],
+    }
+    exec(geometry, names)
+    assert names["geometry"].depth == 2
+    opt_state = names["tx"].init(params)
+    jax.tree.map(np.testing.assert_array_equal, agd_jax.averaged_params(opt_state, params), params)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        *("README.md", "CONTRIBUTING.md", "experiments/README.md"),
+        *("benchmarks/README.md", "benchmarks/RESULTS.md", "benchmarks/scaling.md"),
+    ],
+)
+def test_what_a_page_links_to_is_there(page):
+    """Those of docs/ are followed when the site is built."""
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 @pytest.mark.parametrize(
