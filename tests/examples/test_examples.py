@@ -13,10 +13,10 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
-MARKED = [pytest.param(p, marks=pytest.mark.slow) if p.stem != "nnx_model" else p for p in EXAMPLES]
 
 
-@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_learns_in_under_sixty_lines(path):
     assert len(path.read_text().splitlines()) < 60
     # As for a user: steps are many.

@@ -176,6 +176,7 @@ def test_every_optimiser_learns(optimizer):
     assert min(losses) < 0.9
 
 
+@pytest.mark.slow
 def test_a_variant_without_a_change_is_spectral_agd():
     apply = lambda p, x: jnp.tanh(p["table"][x] @ p["in"] + p["bias"]) @ p["out"]
     shapes = {"table": (5, 4), "in": (4, 6), "bias": (6,), "out": (6, 3)}

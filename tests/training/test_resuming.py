@@ -48,24 +48,22 @@ def interrupt_after(monkeypatch, patience):
     monkeypatch.setattr(signals, "on_request", on_request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
         {},
-        pytest.param({"norm": "spectral", "average": True}, marks=pytest.mark.slow),
-        pytest.param(STREAMED, marks=pytest.mark.slow),
+        {"norm": "spectral", "average": True},
+        STREAMED,
         # Steps one by one, running averages.
-        pytest.param(
-            {
-                "arch": "resnet18",
-                "average": True,
-                "depth": None,
-                "width": None,
-                "epochs": 4,
-                "train_bs": 400,
-            },
-            marks=pytest.mark.slow,
-        ),
+        {
+            "arch": "resnet18",
+            "average": True,
+            "depth": None,
+            "width": None,
+            "epochs": 4,
+            "train_bs": 400,
+        },
     ],
     ids=["resident", "spectral", "streamed", "convolutional"],
 )
