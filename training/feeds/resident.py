@@ -129,13 +129,7 @@ class ResidentFeed(OnMesh):
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int
     ) -> tuple[TrainState, TrainMetrics]:
-        """Takes steps until ``state.step`` is ``stop`` or a step is not finite.
-
-        Args:
-          state: the training state, which is donated: do not use it again.
-          sums: the metrics of the epoch so far.
-          stop: a step of this epoch, or the first step of the next.
-        """
+        """Takes steps as :meth:`Feed.train` says, or until one is not finite."""
         order = self._order_of((stop - 1) // self.steps_per_epoch)
         if not self._one_by_one:
             state, sums = self._steps(state, sums, self._train, order, self._augment_key, stop)

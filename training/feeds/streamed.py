@@ -138,13 +138,7 @@ class StreamedFeed(OnMesh):
     def train(
         self, state: TrainState, sums: TrainMetrics, stop: int
     ) -> tuple[TrainState, TrainMetrics]:
-        """Takes steps until ``stop`` have been taken in all.
-
-        Args:
-          state: the training state, which is donated: do not use it again.
-          sums: the metrics of the epoch so far.
-          stop: a step of this epoch, or the first step of the next.
-        """
+        """Takes steps as :meth:`Feed.train` says, and counts those taken in all."""
         while self._steps_taken < stop:
             try:
                 batch, unreadable = self._next(self._train)
