@@ -126,22 +126,38 @@ def test_every_command_of_data_and_devices_does_what_it_says(clone, tmp_path):
     assert "of 2 processes" in pasted(clone, f"{second} > other.log 2>&1 & {first}; wait")
 
 
-@pytest.mark.parametrize("page", [page.name for page in PAGES if page.name != "training.md"])
-def test_every_piece_of_python_on_a_page_runs(page, capsys):
+def run_python(page):
+    """The names that the pieces of Python on a page leave, run one after the other."""
     names = {}
     with warnings.catch_warnings(action="error"):
-        for block in blocks(f"docs/{page}", "python"):
+        for block in blocks(page, "python"):
             exec(block, names)
-    printed = capsys.readouterr().out
-    for table in blocks(f"docs/{page}", "text") if page == "any_model.md" else ():
-        assert table in printed
-    if page == "optax.md":
-        params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
-        attention = nn.MultiHeadDotProductAttention(num_heads=2).init(
-            jax.random.key(0), np.ones((1, 3, 4))
-        )
-        with warnings.catch_warnings(action="error"):
-            names["tx"].init(params | {"attention": attention["params"]})
+    return names
+
+
+# The first needs a trained network; the others have tests of their own.
+ALONE = ("training.md", "any_model.md", "optax.md")
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES if page.name not in ALONE])
+def test_every_piece_of_python_on_a_page_runs(page):
+    run_python(f"docs/{page}")
+
+
+def test_the_table_of_a_geometry_is_what_is_printed(capsys):
+    run_python("docs/any_model.md")
+    (table,) = blocks("docs/any_model.md", "text")
+    assert table in capsys.readouterr().out
+
+
+def test_labels_are_for_dense_layers_and_attention():
+    tx = run_python("docs/optax.md")["tx"]
+    dense = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    attention = nn.MultiHeadDotProductAttention(num_heads=2).init(
+        jax.random.key(0), np.ones((1, 3, 4))
+    )
+    with warnings.catch_warnings(action="error"):
+        tx.init({"dense": dense, "attention": attention["params"]})
 
 
 def test_every_piece_of_python_of_the_readme_runs():
