@@ -124,7 +124,7 @@ def agd(
     """Returns AGD, whose step is shared out by the effective depth or the number of tensors.
 
     Args:
-      revision: a higher one has its runs taken again: when AGD takes other steps than before.
+      revision: for the key of a run alone.
       geometry: how parameters are used.
       depth: what the step is shared out by.
       mass: the mass of offsets and scales, if another.
@@ -139,13 +139,17 @@ def agd(
     return agd_jax.averaged(tx) if average else tx
 
 
+# A higher one has the runs of AGD taken again: when it takes other steps than before.
+REVISION = 3
+
+
 def of_agd(make: Callable[..., Any] = agd, **settings: Any) -> Optimizer:
     """Returns AGD with some settings, from orthogonal weights unless they say otherwise."""
     # All variants average.
     averages = settings.get("average", make is variants.spectral)
     return Optimizer(
         without_rate(make),
-        {"revision": 1, **settings},
+        {"revision": REVISION, **settings},
         geometry=True,
         orthogonal=settings.get("start", "orthogonal") == "orthogonal",
         averaged=agd_jax.averaged_params if averages else None,
@@ -162,7 +166,7 @@ OPTIMIZERS = {
     "agd_mass_one": of_agd(mass=1.0),
     "agd_own_start": of_agd(start="flax"),
     "agd_averaged": of_agd(average=True),
-    "agd_momentum": of_agd(revision=2, momentum=0.95, average=True),
+    "agd_momentum": of_agd(momentum=0.95, average=True),
     "agd_spectral": of_agd(norm="spectral"),
     "agd_spectral_averaged": of_agd(norm="spectral", average=True),
     "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
@@ -198,7 +202,7 @@ OPTIMIZERS = {
 }
 
 library = functools.partial(of_agd, norm="spectral", average=True)
-variant = functools.partial(of_agd, variants.spectral, revision=2)
+variant = functools.partial(of_agd, variants.spectral)
 VARIANTS = {
     "v_mass_one": library(mass=1.0),
     "v_mass_third": library(mass=1 / 3),

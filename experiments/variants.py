@@ -50,7 +50,7 @@ def spectral(
     """Returns spectral AGD with averaged weights and changes.
 
     Args:
-      revision: a higher one has its runs taken again.
+      revision: for the key of a run alone.
       geometry: how parameters are used.
       growth: whether G grows no faster than the number of steps, freely, or never.
       tables: a factor for the steps of lookups.
