@@ -45,14 +45,12 @@ of many networks, and little of what these learn. The number is measured, not de
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -63,7 +61,10 @@ from optax.contrib import MuonDimensionNumbers
 from agd_jax import reading
 from agd_jax.reading import Factor, Use
 
-# The mass of offsets and scales.
+# The kinds of parameters whose blocks are matrices with inputs, and of those that are vectors.
+MATRICES = ("matrix", "convolution")
+VECTORS = ("offset", "scale")
+# The mass of vectors.
 VECTOR_MASS = 0.1
 
 
@@ -285,16 +286,14 @@ class Geometry:
         """
         if self.influence is None:
             return None
-        masses = [self.layouts[path].mass for path in self.influence]
-        depth: float = sum(map(operator.mul, masses, self.influence.values()))
-        return max([depth, *masses])
+        masses = {path: self.layouts[path].mass for path in self.influence}
+        depth = sum(masses[path] * influence for path, influence in self.influence.items())
+        return max([depth, *masses.values()])
 
     def with_mass(self, mass: float) -> Geometry:
         """Returns the geometry with another mass of offsets and scales."""
         layouts = {
-            path: dataclasses.replace(layout, mass=mass)
-            if layout.kind in ("offset", "scale")
-            else layout
+            path: replace(layout, mass=mass) if layout.kind in VECTORS else layout
             for path, layout in self.layouts.items()
         }
         return Geometry(layouts, self.structure, self.influence)
@@ -374,7 +373,7 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _muon(layout: Layout) -> MuonDimensionNumbers | None:
-    if layout.kind not in ("matrix", "convolution") or layout.blocks:
+    if layout.kind not in MATRICES or layout.blocks:
         return None
     # Axes of length one may be missing from the view.
     whole = [axis for axis, size in enumerate(layout.shape) if size != 1]

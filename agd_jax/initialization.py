@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from agd_jax import names
-from agd_jax.geometry import Geometry, Layout, norm_dtype, path_of
+from agd_jax.geometry import VECTORS, Geometry, Layout, norm_dtype, path_of
 
 Tree = TypeVar("Tree")
 
@@ -57,7 +57,7 @@ def orthogonal_init(key: jax.Array, params: Tree, geometry: Geometry | None = No
             drawn = leaf.ndim >= 2 and not names.is_bias(path)
             return _draw(key, leaf, Layout.of_shape(leaf.shape)) if drawn else leaf
         layout = geometry.layout(path_of(path), leaf)
-        if layout.kind in ("offset", "scale"):
+        if layout.kind in VECTORS:
             return jnp.full_like(leaf, layout.kind == "scale")
         return _draw(key, leaf, layout)
 

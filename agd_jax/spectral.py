@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from agd_jax.geometry import MATRICES
+
 # Polynomials a x + b x^3 + c x^5 in the singular values, each of which is the best for what the one
 # before leaves: Amsel et al., The Polar Express, 2025, https://arxiv.org/abs/2505.16932. The margin
 # is theirs, for rounding.
@@ -47,7 +49,7 @@ def orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
     alike: dict[Any, list[tuple[int, bool, jax.Array]]] = defaultdict(list)
     for index, (layout, leaf) in enumerate(zip(found, leaves, strict=True)):
         shape = layout.count("taps", "inputs"), layout.count("outputs")
-        if layout.kind not in ("matrix", "convolution") or 1 in shape:
+        if layout.kind not in MATRICES or 1 in shape:
             continue
         of_leaves[index] = jnp.where(of_leaves[index] == 0, 0, jnp.ones_like(of_leaves[index]))
         matrices, tall = layout.to_rows(leaf).reshape(-1, *shape), shape[0] > shape[1]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import agd_jax
-from agd_jax.geometry import Layout, layouts_of
+from agd_jax.geometry import MATRICES, Layout, layouts_of
 from agd_jax.optimizer import (
     MOMENTUM,
     ROUNDING_UNITS,
@@ -121,7 +121,7 @@ def spectral(
             one: Layout, o: Any, u: Any, d: Any, p: Any, own: float, start: Any, far: Any
         ) -> Any:
             size = own * eta / depth
-            matrix = one.kind in ("matrix", "convolution")
+            matrix = one.kind in MATRICES
             if distance:
                 size = jnp.where(t > 10, jnp.minimum(size, far / jnp.sqrt(t)), size)
             if relative and matrix:
@@ -140,7 +140,7 @@ def spectral(
 
 
 def _mean_square(one: Layout, o: jax.Array, v: jax.Array) -> jax.Array:
-    if one.kind not in ("matrix", "convolution"):
+    if one.kind not in MATRICES:
         return v
     seen = jnp.square(o.reshape(one.view))
     mean = jnp.mean(seen, axis=(*one.inputs, *one.taps), keepdims=True)
@@ -148,7 +148,7 @@ def _mean_square(one: Layout, o: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _normalised(one: Layout, o: jax.Array, v: jax.Array, t: jax.Array) -> jax.Array:
-    if one.kind not in ("matrix", "convolution"):
+    if one.kind not in MATRICES:
         return o
     scaled = o / jnp.sqrt(v / (1 - 0.95**t) + 1e-12)
     norms = [jnp.linalg.norm(x.ravel()) for x in (o, scaled)]
