@@ -7,11 +7,12 @@ from typing import Any
 import griffe
 
 BLOCK = re.compile(r"^( *)\.\. math::\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
+EXAMPLE = re.compile(r"^( *)>>> .*\n(?:\1.+\n)*", re.MULTILINE)
 ONE_LINE = re.compile(r"^( *)\.\. math:: (.+)$", re.MULTILINE)
 
 
 def to_markdown(text: str) -> str:
-    """Returns a docstring with its formulas and references as Markdown has them."""
+    """Returns a docstring with its formulas, examples and references as Markdown has them."""
 
     def block(found: re.Match[str]) -> str:
         formula = textwrap.dedent(found[2]).strip()
@@ -22,7 +23,8 @@ def to_markdown(text: str) -> str:
     text = ONE_LINE.sub(lambda found: f"{found[1]}\\[{found[2]}\\]", BLOCK.sub(block, text + "\n"))
     text = re.sub(r":math:`([^`]+)`", r"\\(\1\\)", text)
     text = re.sub(r":(?:func|class|meth|mod|data):`([^`]+)`", r"`\1`", text)
-    return text.replace("``", "`")
+    text = text.replace("``", "`")
+    return EXAMPLE.sub(lambda found: f"{found[1]}```pycon\n{found[0]}{found[1]}```\n", text)
 
 
 class Roles(griffe.Extension):

@@ -1,7 +1,9 @@
 """Everything in the README and the pages of docs/ that a reader may paste, pasted."""
 
+import inspect
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -191,6 +193,15 @@ def test_what_a_page_links_to_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
             assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_examples_and_formulas_of_docstrings_are_markdown_on_the_site():
+    to_markdown = runpy.run_path(str(ROOT / "docs" / "roles.py"))["to_markdown"]
+    text = to_markdown(inspect.getdoc(agd_jax.agd))
+    assert "\n```pycon\n>>> import agd_jax" in text
+    assert "\nTrue\n```\n" in text
+    assert "\\begin{aligned}" in text
+    assert ":math:" not in text
 
 
 @pytest.mark.parametrize(
