@@ -7,7 +7,7 @@ import optax
 
 import agd_jax
 
-STEPS, BATCH, LENGTH, DIGITS, WIDTH = 1000, 64, 8, 10, 64
+STEPS, BATCH, LENGTH, DIGITS, WIDTH = 200, 64, 8, 10, 64
 
 
 class Block(nn.Module):
@@ -38,7 +38,7 @@ class GPT(nn.Module):
 draw = lambda seed: jax.random.randint(jax.random.key(seed), (BATCH, LENGTH), 0, DIGITS)
 apply, test = GPT().apply, draw(0)
 params = GPT().init(jax.random.key(0), test)
-tx = agd_jax.agd(geometry=agd_jax.geometry_of(apply, params, test))
+tx = agd_jax.agd(geometry=agd_jax.geometry_of(apply, params, test), norm="spectral")
 opt_state = tx.init(params)
 
 
@@ -53,6 +53,6 @@ def train_step(params, opt_state, x):
 
 for step in range(1, STEPS + 1):
     params, opt_state, loss = train_step(params, opt_state, draw(step))
-    if step % 100 == 0:
+    if step % 20 == 0:
         accuracy = (apply(params, test).argmax(axis=-1) == jnp.sort(test)).mean()
         print(f"step {step}  loss {loss:.4f}  test {accuracy:.1%}")

@@ -1,6 +1,7 @@
 """What several tests need of a run."""
 
 import dataclasses
+import functools
 import json
 import socket
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
+import models
+from models import resnet
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +66,9 @@ def wait_for_epochs(workdir, epochs=1):
     while not (file.exists() and file.read_text().count("\n") >= epochs):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def small_resnet18(monkeypatch):
+    """Makes resnet18 a network of two blocks, 8 channels wide, which compiles much sooner."""
+    monkeypatch.setitem(resnet.STAGES, 18, (False, (1, 1)))
+    monkeypatch.setattr(models, "create", functools.partial(models.create, width=8))

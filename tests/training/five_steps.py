@@ -3,14 +3,14 @@
 Run by ``test_sharding.py`` in a process of its own, which has the devices.
 """
 
-import functools
 import json
 import sys
 
 import jax
 import numpy as np
+import pytest
 
-import models
+from tests.helpers import small_resnet18
 from training import sharding
 from training.config import TrainConfig
 from training.data import load_data
@@ -59,7 +59,7 @@ def five_steps(config, devices):
 
 def main(arch, precision, norm, bn_group, *meshes):
     if arch == "resnet18":
-        models.create = functools.partial(models.create, width=8)
+        small_resnet18(pytest.MonkeyPatch())
     fields = {"arch": arch, "precision": precision, "norm": norm, "test_bs": 40}
     fields |= {"bn_group": int(bn_group), "average": norm == "spectral"}
     # On eight devices, twelve examples on each of them, or eight.

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import models
 from input_pipeline import resident
 from input_pipeline.batch import Batch, normalise
 from input_pipeline.specs import SPECS
 from models.layers import BatchNorm
-from tests.helpers import ROOT, read_records, same
+from tests.helpers import ROOT, read_records, same, small_resnet18
 from tests.images import write_tree
 from training import checkpoints
 from training.config import TrainConfig
@@ -129,7 +128,7 @@ def test_statistics_are_means_over_batches(group):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_statistics_are_those_of_the_averaged_network(tmp_path, monkeypatch, streamed):
     """Taken here of all of its training images at once, after a run that ends within an epoch."""
-    monkeypatch.setattr(models, "create", functools.partial(models.create, width=8))
+    small_resnet18(monkeypatch)
     fields = FIELDS | {"arch": "resnet18", "depth": None, "width": None, "epochs": 1}
     if streamed:
         tree = write_tree(tmp_path / "imagenet", train=24, test=10)

@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -15,11 +14,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import models
 from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
-from tests.helpers import ROOT, same, untimed
+from tests.helpers import ROOT, same, small_resnet18, untimed
 from tests.training.test_resuming import RESIDENT
 from training import checkpoints, export, metrics, sharding
 from training import step as steps_of_training
@@ -346,7 +344,7 @@ def test_evaluation_finds_what_training_found(copied, trained):
 
 @pytest.mark.slow
 def test_evaluation_of_what_has_running_averages(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "create", functools.partial(models.create, width=8))
+    small_resnet18(monkeypatch)
     fields = {"arch": "resnet18", "dataset": "synthetic_imagenet", "image_size": 16}
     fields |= {"train_bs": 2, "test_bs": 2, "epochs": 1, "platform": "cpu"}
     config = TrainConfig(workdir=tmp_path, **fields).resolved()

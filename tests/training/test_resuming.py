@@ -1,7 +1,6 @@
 """A run that is interrupted and started again ends as if nothing had happened."""
 
 import contextlib
-import functools
 import os
 import random
 import signal
@@ -9,9 +8,17 @@ import time
 
 import pytest
 
-import models
 from tests import chaos
-from tests.helpers import ROOT, finish, read_records, same, start, untimed, wait_for_epochs
+from tests.helpers import (
+    ROOT,
+    finish,
+    read_records,
+    same,
+    small_resnet18,
+    start,
+    untimed,
+    wait_for_epochs,
+)
 from tests.images import write_tree
 from training import signals
 from training.config import TrainConfig
@@ -72,7 +79,7 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch, fields):
     if fields.get("dataset") == "imagenet":
         fields["data_dir"] = str(write_tree(tmp_path / "imagenet", train=23, test=10))
     if fields.get("arch") == "resnet18":
-        monkeypatch.setattr(models, "create", functools.partial(models.create, width=8))
+        small_resnet18(monkeypatch)
     whole = train(TrainConfig(workdir=tmp_path / "whole", **fields))
 
     interruptions, config = 0, TrainConfig(workdir=tmp_path / "run", **fields)

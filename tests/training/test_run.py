@@ -1,4 +1,3 @@
-import functools
 import json
 
 import jax
@@ -7,11 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import models
 from input_pipeline import resident
 from input_pipeline.batch import normalise
 from input_pipeline.specs import SPECS
-from tests.helpers import same, untimed
+from tests.helpers import same, small_resnet18, untimed
 from training import loop, sharding, step
 from training.config import TrainConfig
 from training.errors import ConfigError, NonFiniteError
@@ -91,7 +89,7 @@ def test_every_data_set_trains(prepared, tmp_path, name, loss):
 
 @pytest.mark.slow
 def test_a_convolutional_network_trains_with_its_running_averages(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "create", functools.partial(models.create, width=8))
+    small_resnet18(monkeypatch)
     fields = {"dataset": "cifar10", "data_dir": prepared("cifar10"), "train_bs": 24, "test_bs": 25}
     result = run(tmp_path, arch="resnet18", epochs=3, **fields)
     losses = [r.train_loss for r in result.records]

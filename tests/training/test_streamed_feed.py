@@ -17,7 +17,16 @@ import pytest
 from input_pipeline import streaming
 from input_pipeline.batch import Batch
 from input_pipeline.errors import DataError
-from tests.helpers import ROOT, finish, read_records, same, start, untimed, wait_for_epochs
+from tests.helpers import (
+    ROOT,
+    finish,
+    read_records,
+    same,
+    small_resnet18,
+    start,
+    untimed,
+    wait_for_epochs,
+)
 from tests.images import write_tree
 from training import loop, sharding, step
 from training.checkpoints import reading
@@ -120,7 +129,8 @@ def test_workers_and_dispatches_change_nothing(tmp_path, tree, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_convolutional_network_trains(tmp_path, tree):
+def test_a_convolutional_network_trains(tmp_path, tree, monkeypatch):
+    small_resnet18(monkeypatch)
     result = run(tmp_path, data_dir=tree, arch="resnet18", depth=None, width=None, epochs=1)
     assert all(np.all(np.isfinite(s)) for s in jax.tree.leaves(result.state))
 
