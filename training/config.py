@@ -29,9 +29,8 @@ DATASETS = tuple(SPECS)
 # The loaders whose images are cropped and resized.
 OF_ANY_SIZE = ("imagenet", "folder", "noise")
 
-# Of fcn.
-DEPTH = 10
-WIDTH = 256
+# The flags that some networks have.
+OPTIONS = ("depth", "width", "bn_group")
 
 # What a run that goes on must have in common with its checkpoint.
 IDENTITY = (
@@ -81,9 +80,9 @@ class TrainConfig:
     """Examples in a test batch, over all devices together."""
     epochs: int = 60
     """Passes over the training set."""
-    depth: Annotated[int | None, _flag(("INT",), str(DEPTH))] = None
+    depth: Annotated[int | None, _flag(("INT",), "10")] = None
     """Number of layers of fcn."""
-    width: Annotated[int | None, _flag(("INT",), str(WIDTH))] = None
+    width: Annotated[int | None, _flag(("INT",), "256")] = None
     """Width of the hidden layers of fcn."""
     bn_group: int = 0
     """Consecutive examples that BatchNorm takes together; 0 takes the whole training batch."""
@@ -154,15 +153,15 @@ class TrainConfig:
         )
         if spec.loader in OF_ANY_SIZE and self.image_size is None:
             config = dataclasses.replace(config, image_size=spec.image_shape[0])
-        if self.arch == "fcn":
-            depth, width = self.depth or DEPTH, self.width or WIDTH
-            config = dataclasses.replace(config, depth=depth, width=width)
-        else:
-            for name in ("depth", "width"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"--{name} {getattr(self, name)}: is for fcn, not for {self.arch}"
-                    )
+        defaults = ARCHITECTURES[self.arch].options
+        for name in OPTIONS:
+            if name not in defaults and getattr(self, name) != getattr(TrainConfig, name):
+                fitting = ", ".join(arch for arch in ARCHS if name in ARCHITECTURES[arch].options)
+                raise ConfigError(
+                    f"--{name} {getattr(self, name)}: is for {fitting}, not for {self.arch}"
+                )
+        unset: Any = {name: size for name, size in defaults.items() if getattr(self, name) is None}
+        config = dataclasses.replace(config, **unset)
         _choose("--loss", config.loss, LOSSES)
         _choose("--norm", self.norm, NORMS)
         _choose("--precision", self.precision, PRECISIONS)
@@ -203,10 +202,6 @@ class TrainConfig:
     def _check_bn_group(self) -> None:
         """Raises ConfigError if BatchNorm cannot take the batch by groups of that size."""
         group = self.bn_group
-        if group and self.arch in ("fcn", "vit"):
-            raise ConfigError(
-                f"--bn_group {group}: is for networks with BatchNorm, not for {self.arch}"
-            )
         if group and (group < 0 or self.train_bs % group):
             sizes = [n for n in range(1, self.train_bs + 1) if self.train_bs % n == 0]
             below = max((n for n in sizes if n < group), default=None)

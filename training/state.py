@@ -71,7 +71,6 @@ class TrainState:
 def create_network(config: TrainConfig) -> nnx.Module:
     """Builds the network of a config, with Flax's own initial weights."""
     dtype, param_dtype = DTYPES[config.precision]
-    options = {"depth": config.depth, "width": config.width, "bn_group": config.bn_group}
     return models.create(
         config.arch,
         config.spec.image_shape,
@@ -79,8 +78,7 @@ def create_network(config: TrainConfig) -> nnx.Module:
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=nnx.Rngs(0),
-        # Only the given options: the config rejects those that the network does not have.
-        **{name: value for name, value in options.items() if value},
+        **{name: getattr(config, name) for name in models.ARCHITECTURES[config.arch].options},
     )
 
 
@@ -114,8 +112,8 @@ def create_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     import agd_jax
 
     geometry = _geometry(config)
-    if config.norm == "frobenius" and config.arch != "vit":
-        geometry = geometry.by_tensors()  # The paper's networks, as in the paper.
+    if config.norm == "frobenius" and models.ARCHITECTURES[config.arch].paper:
+        geometry = geometry.by_tensors()
     tx = agd_jax.agd(geometry=geometry, norm=cast("Norm", config.norm), gain=config.gain)
     return agd_jax.averaged(tx) if config.average else tx
 

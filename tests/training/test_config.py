@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from models import ARCHITECTURES
 from training.config import (
     ARCHS,
     DATASETS,
@@ -40,11 +41,9 @@ from training.errors import ConfigError
             {"arch": "vgg", "bn_group": -1},
             r"--bn_group -1: does not divide --train_bs 128, as 1 would",
         ),
-        ({"bn_group": 32}, r"--bn_group 32: is for networks with BatchNorm, not for fcn"),
-        (
-            {"arch": "vit", "bn_group": 32},
-            r"--bn_group 32: is for networks with BatchNorm, not for vit",
-        ),
+        ({"bn_group": 32}, r"--bn_group 32: is for vgg11, .*, resnet152, vgg, not for fcn"),
+        ({"arch": "vit", "bn_group": 32}, r"--bn_group 32: is for vgg11, .*, not for vit"),
+        ({"arch": "vit", "depth": 0}, r"--depth 0: is for fcn, not for vit"),
         ({"gain": float("nan")}, r"--gain nan: must be positive and finite"),
         ({"dataset": "imagenet", "workers": -1}, r"--workers -1: must be at least 0"),
         (
@@ -154,7 +153,7 @@ NETWORKS = (
     fields(depth=COUNT, width=COUNT)
     | fields(arch=st.sampled_from(ARCHS))
     | st.fixed_dictionaries(
-        {"arch": st.sampled_from([a for a in ARCHS if a not in ("fcn", "vit")])},
+        {"arch": st.sampled_from([a for a in ARCHS if "bn_group" in ARCHITECTURES[a].options])},
         optional={"bn_group": st.just(1)},
     )
 )
