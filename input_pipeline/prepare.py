@@ -32,7 +32,11 @@ IMAGENET_TARS = IMAGENET_TRAIN, IMAGENET_VALIDATION = (
 IMAGENET_SIZES = {"train": 1_281_167, "validation": 50_000}
 
 # The data sets that can be prepared.
-PREPARED = tuple(name for name, spec in SPECS.items() if spec.tfds_name)
+PREPARED = tuple(
+    name
+    for name, spec in SPECS.items()
+    if spec.loader == "imagenet" or spec.tfds_name in prepared.ARCHIVES
+)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,12 @@ def check_available(spec: DatasetSpec, data_dir: epath.PathLike) -> None:
     """
     builder = builder_of(spec, data_dir)
     if not builder.is_prepared():
+        if spec.tfds_name not in ARCHIVES:
+            raise DataError(
+                f"--dataset {spec.name}: not prepared in {data_dir}; only TFDS itself can, with "
+                f"TensorFlow: `tfds build {spec.tfds_name} --data_dir DIR --file_format "
+                "array_record`"
+            )
         url = next(iter(builder.url_infos))
         if not _reachable(url):
             raise DataError(

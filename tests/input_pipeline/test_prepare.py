@@ -1,5 +1,6 @@
 """Downloads, tried with archives of the true formats on a server of our own."""
 
+import dataclasses
 import functools
 import gzip
 import http.server
@@ -129,6 +130,12 @@ def test_a_download_that_breaks_off_is_one_line(served, tmp_path):
         resident.load(SPECS["mnist"], tmp_path / "data")
 
 
+def test_what_tfds_alone_can_prepare_is_one_line(tmp_path):
+    spec = dataclasses.replace(SPECS["mnist"], name="fashion", tfds_name="fashion_mnist")
+    with pytest.raises(DataError, match=r"^--dataset fashion: .*`tfds build fashion_mnist --data_"):
+        resident.load(spec, tmp_path)
+
+
 def test_preparing_by_itself_prints_where(served, tmp_path, capsys):
     served("mnist")
     prepare.main(prepare.Options("mnist", str(tmp_path / "data")))
@@ -139,9 +146,8 @@ def test_preparing_an_unknown_data_set_names_the_known():
     command = [sys.executable, "-m", "input_pipeline.prepare", "imagenette"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2
-    assert (
-        run.stderr == "error: imagenette: unknown; choose from mnist, cifar10, cifar100, imagenet\n"
-    )
+    known = ", ".join(prepare.PREPARED)
+    assert run.stderr == f"error: imagenette: unknown; choose from {known}\n"
 
 
 def test_imagenet_is_prepared_from_its_two_archives(tmp_path, capsys, caplog):
