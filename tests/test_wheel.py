@@ -1,5 +1,6 @@
 """What is published: the library alone, installed where nothing else is."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,13 @@ def run(*command, **kwargs):
     done = subprocess.run(command, capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_the_version_is_everywhere_the_same():
+    version = re.escape(agd_jax.__version__)
+    assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    sections = re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert sections[0] == agd_jax.__version__
 
 
 @pytest.mark.slow
