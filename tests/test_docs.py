@@ -141,6 +141,7 @@ def run_python(page):
 ALONE = ("training.md", "any_model.md", "optax.md")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page.name for page in PAGES if page.name not in ALONE])
 def test_every_piece_of_python_on_a_page_runs(page):
     run_python(f"docs/{page}")
@@ -214,7 +215,10 @@ def test_examples_and_formulas_of_docstrings_are_markdown_on_the_site():
             "./run export nowhere w.npz",
             "error: w.npz: is written as safetensors; give a name that ",
         ),
-        ("./run export nowhere w.safetensors", "error: nowhere: holds no checkpoint\n"),
+        pytest.param(
+            *("./run export nowhere w.safetensors", "error: nowhere: holds no checkpoint\n"),
+            marks=pytest.mark.slow,
+        ),
         ("./run prepare mnist --tars x", "error: --tars x: is for imagenet, not for mnist\n"),
         ("./run prepare cifar1000", "error: cifar1000: unknown; choose from mnist, "),
     ],

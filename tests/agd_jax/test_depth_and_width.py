@@ -59,6 +59,7 @@ def test_from_the_first_step(apply, hidden, width, falls_to):
     assert found[-1] < falls_to * found[0]
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_usual_is_too_large_for_the_width():
     first, second = losses(chain, 1, 2048, 2, optax.adamw(1e-3))
     assert second > 2 * first

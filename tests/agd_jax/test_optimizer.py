@@ -181,7 +181,10 @@ class Attention(nnx.Module):
 
 @pytest.mark.parametrize(
     ("make", "useless"),
-    [(ConvBatchNorm, ("conv", "bias")), (Attention, ("attention", "key", "bias"))],
+    [
+        (ConvBatchNorm, ("conv", "bias")),
+        pytest.param(Attention, ("attention", "key", "bias"), marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:from shapes alone")
 def test_a_gradient_of_nothing_but_rounding_moves_nothing(make, useless):

@@ -1,5 +1,6 @@
 """What the program says of its parameters, in any framework and however it is written."""
 
+import functools
 import warnings
 
 import flax.linen as nn
@@ -240,10 +241,16 @@ def test_a_transformer_in_linen_with_a_scan_over_layers_and_a_tied_embedding():
     assert found[layer + "Dense_1.kernel"] == pytest.approx(("matrix", D, 2 * D, 1, 3, 2**0.5))
 
 
+@functools.cache
+def scanned():
+    """Parameters of ``Scanned``, and how it uses them."""
+    model, tokens = Scanned(), jnp.zeros((2, TOKENS), int)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    return params, agd_jax.geometry_of(model.apply, params, tokens)
+
+
 def test_the_table_and_muons_numbers():
-    model, tokens = Scanned(), jax.ShapeDtypeStruct((2, TOKENS), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    geometry = agd_jax.geometry_of(model.apply, params, tokens)
+    params, geometry = scanned()
     heading, first, *_ = str(geometry).splitlines()
     assert " ".join(heading.split()) == "path shape kind inputs outputs taps layers scale"
     assert " ".join(first.split()) == "params.Embed_0.embedding (17, 8) matrix 8 17 1 1 1.458"
@@ -254,18 +261,15 @@ def test_the_table_and_muons_numbers():
     assert attention["query"]["kernel"] == MuonDimensionNumbers((1,), (2, 3))
     assert attention["out"]["kernel"] == MuonDimensionNumbers((1, 2), (3,))
     assert attention["out"]["bias"] is None
-    real = model.init(jax.random.key(0), jnp.zeros((2, TOKENS), int))
     tx = optax.contrib.muon(0.1, muon_weight_dimension_numbers=geometry.muon_dimension_numbers)
-    updates, _ = tx.update(real, tx.init(real), real)
+    updates, _ = tx.update(params, tx.init(params), params)
     kernel = updates["params"]["ScanLayer_0"]["MultiHeadDotProductAttention_0"]["query"]["kernel"]
     singular = jnp.linalg.svd(kernel.reshape(3, D, D), compute_uv=False)
     assert singular.max() / singular.min() < 2
 
 
 def test_starting_weights_of_every_kind():
-    model, tokens = Scanned(), jnp.zeros((2, TOKENS), int)
-    params = model.init(jax.random.key(0), tokens)
-    geometry = agd_jax.geometry_of(model.apply, params, tokens)
+    params, geometry = scanned()
     params = jax.tree.map(lambda p: p + 7, params)
     start = agd_jax.orthogonal_init(jax.random.key(1), params, geometry)["params"]
     layer = start["ScanLayer_0"]

@@ -28,7 +28,10 @@ def parameters(model):
 
 
 @pytest.mark.parametrize("dataset", SPECS)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=pytest.mark.slow) if a == "resnet50" else a for a in ARCHS],
+)
 def test_any_network_takes_any_data_set(arch, dataset):
     spec = SPECS[dataset]
     classes = spec.num_classes or 3  # Where only the data tell.
@@ -56,8 +59,8 @@ def test_there_are_no_biases_scales_or_offsets(arch):
         ("resnet18", (224, 224, 3), 1000, 11_678_912),
         ("resnet34", (224, 224, 3), 1000, 21_779_648),
         ("resnet50", (224, 224, 3), 1000, 25_502_912),
-        ("resnet101", (224, 224, 3), 1000, 44_442_816),
-        ("resnet152", (224, 224, 3), 1000, 60_040_384),
+        pytest.param("resnet101", (224, 224, 3), 1000, 44_442_816, marks=pytest.mark.slow),
+        pytest.param("resnet152", (224, 224, 3), 1000, 60_040_384, marks=pytest.mark.slow),
         ("vgg11", (32, 32, 3), 10, 9_222_848),
         ("vgg13", (32, 32, 3), 10, 9_407_168),
         ("vgg16", (32, 32, 3), 10, 14_715_584),

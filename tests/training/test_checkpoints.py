@@ -458,6 +458,7 @@ assert "open" in seen and not found, found
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_a_workdir_is_unpickled(copied):
     subprocess.run([sys.executable, "-c", RESUME_AND_WATCH, copied], cwd=ROOT, check=True)
 

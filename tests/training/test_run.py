@@ -77,7 +77,9 @@ def test_starting_weights_are_orthogonal(tmp_path):
     assert all(p.sharding.mesh == mesh for p in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mnist", "cifar100"))]
+)
 @pytest.mark.parametrize("loss", ["mse", pytest.param("xent", marks=pytest.mark.slow)])
 def test_every_data_set_trains(prepared, tmp_path, name, loss):
     data_dir = prepared(name)
