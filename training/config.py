@@ -16,7 +16,6 @@ from input_pipeline.command_line import FOLDER
 from input_pipeline.specs import SPECS, DatasetSpec
 from models import ALIASES, ARCHITECTURES
 from training.errors import ConfigError
-from training.records import from_json
 
 ARCHS = tuple(ARCHITECTURES)
 LOSSES = ("mse", "xent")
@@ -169,7 +168,11 @@ class TrainConfig:
         for name in ("train_bs", "test_bs", "epochs", "depth", "width", "image_size", "keep"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
-        self._check_bn_group()
+        if self.bn_group < 0 or (self.bn_group and self.train_bs % self.bn_group):
+            raise ConfigError(
+                f"--bn_group {self.bn_group}: does not divide --train_bs {self.train_bs}; 0 is for "
+                "the whole batch"
+            )
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"--workers {self.workers}: must be at least 0")
         for name, loaders in (
@@ -198,19 +201,6 @@ class TrainConfig:
         if self.restart and self.workdir is None:
             raise ConfigError("--restart: give the --workdir of the run that is to begin afresh")
         return config
-
-    def _check_bn_group(self) -> None:
-        """Raises ConfigError if BatchNorm cannot take the batch by groups of that size."""
-        group = self.bn_group
-        if group and (group < 0 or self.train_bs % group):
-            sizes = [n for n in range(1, self.train_bs + 1) if self.train_bs % n == 0]
-            below = max((n for n in sizes if n < group), default=None)
-            above = min((n for n in sizes if n > group), default=None)
-            near = " or ".join(str(n) for n in (below, above) if n)
-            raise ConfigError(
-                f"--bn_group {group}: does not divide --train_bs {self.train_bs}, as {near} would; "
-                "0 is for the whole batch"
-            )
 
     def _placed(self) -> "TrainConfig":
         """The config with the flags checked that say where, and the network by its first name."""
@@ -283,15 +273,10 @@ class TrainConfig:
         """
         if self.mesh is None:
             return None
-        found = re.findall(r"(?:^|,)(\w+)=([1-9]\d*)(?=,|$)", self.mesh)
-        sizes = {name: int(size) for name, size in found}
-        understood = ",".join(f"{name}={size}" for name, size in found) == self.mesh
-        if (
-            not sizes
-            or not understood
-            or len(sizes) < len(found)
-            or not set(sizes) <= set(MESH_AXES)
-        ):
+        axis = rf"(?:{'|'.join(MESH_AXES)})=[1-9]\d*"
+        sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", self.mesh)}
+        axes = 1 + self.mesh.count(",")
+        if not re.fullmatch(rf"{axis}(,{axis})*", self.mesh) or len(sizes) < axes:
             raise ConfigError(
                 f"--mesh {self.mesh}: give sizes for some of {', '.join(MESH_AXES)}, each once, "
                 "as in data=4,model=2"
@@ -335,25 +320,17 @@ class TrainConfig:
         return {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in fields.items()}
 
     @classmethod
-    def from_json(cls, fields: object) -> "TrainConfig":
+    def from_json(cls, fields: dict[str, Any]) -> "TrainConfig":
         """The inverse of :meth:`to_json`; fields that are left out have their defaults.
 
         Raises:
-          ConfigError: if it is not what ``to_json`` gives.
+          TypeError: if a field is unknown.
         """
-        if isinstance(fields, dict):
-            # JSON has neither tuples nor paths.
-            tuples = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
-            fields = fields | tuples
-            if isinstance(fields.get("workdir"), str):
-                fields = fields | {"workdir": epath.Path(fields["workdir"])}
-            # Earlier versions saved fcn's depth and width with every network.
-            if fields.get("arch", "fcn") != "fcn":
-                fields = fields | {"depth": None, "width": None}
-        try:
-            return from_json(cls, fields)
-        except ValueError as error:
-            raise ConfigError(f"the saved config {error}") from error
+        # JSON has neither tuples nor paths.
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        if fields.get("workdir") is not None:
+            fields["workdir"] = epath.Path(fields["workdir"])
+        return cls(**fields)
 
 
 def _given(name: str, value: object) -> str:

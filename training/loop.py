@@ -12,7 +12,7 @@ from training.checkpoints.saving import Saver, Snapshot
 from training.errors import NonFiniteError, ReadError
 from training.feeds import Feed, Stalled
 from training.records import EpochRecord, best
-from training.reporting.reporter import SilentReporter
+from training.reporting.console import Console
 from training.signals import Stopped
 
 # The target duration of one dispatch of steps, in seconds: short enough for a live bar and a prompt
@@ -21,7 +21,7 @@ DISPATCH_SECONDS = 0.25
 
 
 def train_epochs(
-    feed: Feed, snapshot: Snapshot, epochs: int, reporter: SilentReporter, saver: Saver
+    feed: Feed, snapshot: Snapshot, epochs: int, reporter: Console, saver: Saver
 ) -> Snapshot:
     """Trains from a snapshot until the run has the given number of epochs, and saves the result.
 
@@ -52,7 +52,7 @@ def train_epochs(
 def train_epoch(
     feed: Feed,
     begun: Snapshot,
-    reporter: SilentReporter,
+    reporter: Console,
     saver: Saver,
     request: signals.Request,
 ) -> Snapshot:
@@ -101,7 +101,7 @@ def eval_epoch(
     feed: Feed,
     trained: Snapshot,
     epochs: int,
-    reporter: SilentReporter,
+    reporter: Console,
     saver: Saver,
     request: signals.Request,
 ) -> Snapshot:

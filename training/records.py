@@ -1,15 +1,11 @@
-"""The records of a run: typed here, and checked when they are read from JSON."""
+"""The records of a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,35 +63,3 @@ def best_step(records: Sequence[EpochRecord], steps: set[int]) -> int | None:
     """Returns the given step that ended the epoch of best test accuracy; None if none ended one."""
     ended = [record for record in records if record.step in steps]
     return best(ended).step if ended else None
-
-
-def from_json(cls: type[T], fields: object) -> T:
-    """Builds a dataclass from a JSON object, which may come from anyone.
-
-    Raises:
-      ValueError: if a field is missing, unknown or of another type.
-    """
-    if not isinstance(fields, dict):
-        raise ValueError(f"is {type(fields).__name__} and no object of JSON")
-    hints = get_type_hints(cls)
-    for name, value in fields.items():
-        if name not in hints or not _fits(value, hints[name]):
-            raise ValueError(f"has {name}={value!r}, which is unknown or of another type")
-    try:
-        return cls(**fields)
-    except TypeError as error:  # A field is missing.
-        raise ValueError(str(error)) from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if get_origin(hint) is tuple:
-        hints = get_args(hint)
-        return (
-            isinstance(value, tuple) and len(value) == len(hints) and all(map(_fits, value, hints))
-        )
-    if isinstance(value, bool):  # Which Python counts among the whole numbers.
-        return hint is bool
-    # JSON does not tell whole numbers from real ones.
-    return isinstance(value, int | float if hint is float else get_origin(hint) or hint)

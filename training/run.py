@@ -23,8 +23,8 @@ from training.feeds import Feed, make_feed
 from training.plan import Plan, make_plan
 from training.records import EpochRecord
 from training.reporting import console
-from training.reporting.console import EvalResult
-from training.reporting.reporter import Reporter, SilentReporter
+from training.reporting.console import Console, EvalResult
+from training.reporting.reporter import Reporter
 from training.state import Graph, Model, TrainState
 
 if TYPE_CHECKING:
@@ -88,8 +88,11 @@ def train(config: TrainConfig) -> Result:
             feed.restore(saved.iterator_state, saved.step)
 
         facts = describe(plan, data, saved, aside)
-        speaks = multihost.is_primary()
-        reporter = enter(Reporter(config, folder, facts, records) if speaks else SilentReporter())
+        reporter: Console
+        if multihost.is_primary():
+            reporter = enter(Reporter(config, folder, facts, records))
+        else:
+            reporter = enter(Console(config.epochs, {}, quiet=True))
         snapshot = saved
         if snapshot is None or len(records) < config.epochs:
             reporter.compiling()
@@ -113,7 +116,7 @@ def evaluate(given: TrainConfig) -> list[EvalResult]:
     start(given)
     assert given.workdir is not None  # As to_evaluate has checked.
     folder = workdir.located(given.workdir)
-    step, run = multihost.in_every(lambda: reading.last_run(folder))
+    step, run, _ = multihost.in_every(lambda: reading.read_last(folder, {}))
     found = f"{step}, fingerprint {run.fingerprint()}"
     multihost.check_same(lambda: {"last checkpoint of --workdir": found})
     config = _merged(given, run.resolved_config())
@@ -134,7 +137,7 @@ def _evaluate(plan: Plan, feed: Feed, folder: epath.Path) -> list[EvalResult]:
     def results(which: reading.Which, saved: reading.Saved) -> list[EvalResult]:
         epochs = saved.step / (saved.run.sizes[0] // plan.config.train_bs)
         labels = (which, f"{which} plain")
-        sums = jax.device_get(feed.evaluate([saved.models[name] for name in names]))
+        sums = jax.device_get(feed.evaluate([saved.items[name] for name in names]))
         return [
             EvalResult(label, saved.step, epochs, **metrics.averages(each))
             for label, each in zip(labels, sums, strict=False)
@@ -243,13 +246,7 @@ def _check_batch_fits(config: TrainConfig, data: "Arrays | Sources") -> None:
 
 
 def _check_progress(config: TrainConfig, saved: Snapshot, steps_per_epoch: int) -> None:
-    """Raises ConfigError if a run has been trained for longer than asked, or does not add up."""
-    recorded = len(saved.records) * steps_per_epoch
-    if recorded + int(saved.sums.steps) != saved.step:
-        raise ConfigError(
-            f"--workdir {config.workdir}: its checkpoint of step {saved.step} has records of "
-            f"{len(saved.records)} epochs, which do not go together; --restart begins afresh"
-        )
+    """Raises ConfigError if a run has been trained for longer than asked."""
     epochs = -(-saved.step // steps_per_epoch)
     if epochs > config.epochs:
         raise ConfigError(

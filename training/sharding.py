@@ -13,7 +13,7 @@ arrays, and XLA inserts the communication.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -110,16 +110,6 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def make(sharding: NamedSharding, build: Callable[[], T]) -> T:
-    """Builds arrays on the devices of a sharding, whichever processes these belong to.
-
-    With arrays that are on devices already, ``jax.device_put`` leaves a process that has one device
-    without its share of them (JAX 0.10.1 to 0.12).
-    """
-    arrays: T = jax.jit(build, out_shardings=sharding)()
-    return arrays
 
 
 def copy(tree: T) -> T:

@@ -110,27 +110,6 @@ def test_a_checkpoint_of_another_run_is_refused(copied, fields, message):
     assert steps(copied) == before
 
 
-def test_records_out_of_order_are_damage(copied, trained):
-    newest = copied / "checkpoints" / str(steps(copied)[-1])
-    path = newest / "run" / "metadata"
-    run = json.loads(path.read_text())
-    path.write_text(json.dumps(run | {"records": run["records"][::-1]}))
-    assert same(train(TrainConfig(workdir=copied, **FIELDS)).state, trained.state)
-    assert newest.with_name(f"{newest.name}.damaged").is_dir()
-
-
-@pytest.mark.parametrize("epochs", [0, 1])
-def test_records_that_do_not_go_with_the_step_are_refused(copied, epochs):
-    for file in copied.glob("checkpoints/*/run/metadata"):
-        run = json.loads(file.read_text())
-        file.write_text(json.dumps(run | {"records": run["records"][:epochs]}))
-    message = (
-        f"its checkpoint of step \\d+ has records of {epochs} epochs, which do not go together"
-    )
-    with pytest.raises(ConfigError, match=message):
-        train(TrainConfig(workdir=copied, **(FIELDS | {"epochs": 9})))
-
-
 def files_of(checkpoint):
     return sorted(p.relative_to(checkpoint) for p in checkpoint.rglob("*") if p.is_file())
 
@@ -186,17 +165,7 @@ def test_after_a_damaged_checkpoint_a_run_ends_as_it_would_have(copied, trained)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"records": "abc"},
-        {"records": [{}]},
-        {"seconds": "x"},
-        {"position": None},
-        {"config": [1]},
-        {"classes": [1, 2]},
-    ],
-)
+@pytest.mark.parametrize("changes", [{"records": "abc"}, {"records": [{}]}])
 def test_what_no_run_saves_is_damage(copied, trained, changes):
     newest = copied / "checkpoints" / str(steps(copied)[-1])
     for _ in range(2):
@@ -302,8 +271,9 @@ def test_when_no_checkpoint_can_be_read_nothing_is_trained(copied):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"width": "16"}, "has width='16', which is unknown or of another type"),
-        ({"optimiser": "adam"}, "has optimiser='adam', which is unknown or of another type"),
+        ([1], "the saved config cannot be understood"),
+        ({"width": "16"}, "the saved config cannot be understood"),
+        ({"optimiser": "adam"}, "the saved config cannot be understood (.* 'optimiser')"),
         ({"arch": "os.system"}, "--arch os.system: unknown"),
     ],
 )
@@ -408,15 +378,6 @@ def test_an_export_is_not_called_what_it_is_not(copied, tmp_path):
 def test_only_the_best_and_the_last_can_be_loaded(copied):
     with pytest.raises(ValueError, match="which='BEST': choose from best, last"):
         checkpoints.load(copied, "BEST")
-
-
-def test_a_checkpoint_from_before_classes_were_saved_is_read(copied):
-    for step in steps(copied):
-        path = copied / "checkpoints" / str(step) / "run" / "metadata"
-        run = json.loads(path.read_text())
-        del run["classes"]
-        path.write_text(json.dumps(run))
-    assert reading.load_all(copied).classes == []
 
 
 def test_what_is_damaged_is_said_once_and_in_words(copied, caplog):

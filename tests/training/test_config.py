@@ -1,10 +1,9 @@
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from models import ARCHITECTURES
@@ -31,16 +30,10 @@ from training.errors import ConfigError
         ),
         (
             {"arch": "resnet18", "bn_group": 48},
-            r"--bn_group 48: does not divide --train_bs 128, as 32 or 64 would; 0 is for the whole",
+            r"--bn_group 48: does not divide --train_bs 128; 0 is for the whole batch",
         ),
-        (
-            {"arch": "vgg", "bn_group": 256},
-            r"--bn_group 256: does not divide --train_bs 128, as 128 would",
-        ),
-        (
-            {"arch": "vgg", "bn_group": -1},
-            r"--bn_group -1: does not divide --train_bs 128, as 1 would",
-        ),
+        ({"arch": "vgg", "bn_group": 256}, r"--bn_group 256: does not divide --train_bs 128"),
+        ({"arch": "vgg", "bn_group": -1}, r"--bn_group -1: does not divide --train_bs 128"),
         ({"bn_group": 32}, r"--bn_group 32: is for vgg11, .*, resnet152, vgg, not for fcn"),
         ({"arch": "vit", "bn_group": 32}, r"--bn_group 32: is for vgg11, .*, not for vit"),
         ({"arch": "vit", "depth": 0}, r"--depth 0: is for fcn, not for vit"),
@@ -196,27 +189,8 @@ def test_json_and_back(network, data, rest):
     assert TrainConfig.from_json({}) == TrainConfig()
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-JSON = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(), SCALARS, max_size=2)
-NAMES = st.sampled_from([f.name for f in dataclasses.fields(TrainConfig)])
-
-
-@settings(max_examples=300)
-@given(name=NAMES | st.text(), value=JSON)
-def test_json_of_any_kind_is_a_config_or_refused(name, value):
-    with contextlib.suppress(ConfigError):
-        TrainConfig.from_json(value)
-    with contextlib.suppress(ConfigError):
-        TrainConfig.from_json({name: value})
-        # To Python, `True` is a whole number.
-        assert isinstance(value, bool) == isinstance(getattr(TrainConfig(), name), bool)
-
-
-def test_a_config_of_before_depth_was_of_fcn_alone_is_read():
-    old = TrainConfig(arch="resnet18").to_json() | {"depth": 10, "width": 256}
-    del old["bn_group"]  # Which came later still.
-    config = TrainConfig.from_json(old).resolved()
-    config.check_same_run(TrainConfig(arch="resnet18").resolved())
+def test_a_run_with_other_options_is_another():
+    config = TrainConfig(arch="resnet18").resolved()
     with pytest.raises(ConfigError, match=r"--depth 10: .* holds a run without --depth; give that"):
         TrainConfig(depth=10).check_same_run(config, ["depth"])
     with pytest.raises(ConfigError, match=r"--bn_group 32: .* holds a run with --bn_group 0; give"):

@@ -11,7 +11,6 @@ Nothing in it is pickled, and reading it executes nothing.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import inspect
@@ -22,7 +21,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
@@ -34,7 +33,7 @@ from input_pipeline import cloud
 from input_pipeline.patience import patiently
 from training.config import TrainConfig
 from training.errors import ConfigError
-from training.records import EpochRecord, best_step, from_json
+from training.records import EpochRecord, best_step
 from training.state import Model, abstract_network
 from training.workdir import CHECKPOINTS, located
 
@@ -69,7 +68,7 @@ class RunItem:
       seconds: how long the current epoch has been trained, in seconds.
       position: the position in the training data, as JSON values.
       sizes: the sizes of the training and the test set.
-      classes: the names of the classes, in the order of the labels. Earlier versions saved none.
+      classes: the names of the classes, in the order of the labels.
     """
 
     config: dict[str, Any]
@@ -77,7 +76,7 @@ class RunItem:
     seconds: float
     position: dict[str, Any]
     sizes: list[int]
-    classes: list[str] = field(default_factory=list)
+    classes: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields by name, as JSON values."""
@@ -93,18 +92,10 @@ class RunItem:
         Raises:
           ConfigError: if the saved config is not valid.
         """
-        return TrainConfig.from_json(self.config).resolved()
-
-
-def last_run(workdir: epath.Path) -> tuple[int, RunItem]:
-    """Returns the step of the newest checkpoint that can be read, and its item ``run``.
-
-    Raises:
-      ConfigError: if there are no checkpoints, or none can be read.
-    """
-    with reading(folder_of(workdir)) as reader:
-        step, (run, _) = _last(workdir, reader, {})
-    return step, run
+        try:
+            return TrainConfig.from_json(self.config).resolved()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"the saved config cannot be understood ({error})") from error
 
 
 def saved_classes(workdir: epath.Path) -> list[str]:
@@ -113,31 +104,26 @@ def saved_classes(workdir: epath.Path) -> list[str]:
         for step in reversed(reader.all_steps()):
             # Whoever goes on from it says that it cannot be read.
             with contextlib.suppress(Exception):
-                run, _ = read_items(reader, step, {})
-                return run.classes
+                return read_items(reader, step, {}).run.classes
     return []
 
 
-# The result of one read: the item `run`, and the other items by name.
-Items = tuple[RunItem, dict[str, Any]]
-
-
 class Saved(NamedTuple):
-    """The networks of a checkpoint.
+    """What was read of a checkpoint.
 
     Attributes:
       step: the step after which it was saved.
       run: the item ``run`` of the checkpoint.
-      models: the networks by the names of their items.
+      items: the other items, by name.
     """
 
     step: int
     run: RunItem
-    models: dict[str, Model]
+    items: dict[str, Any]
 
 
 def read_last(workdir: epath.Path, target: dict[str, Model]) -> Saved:
-    """Reads networks of the newest checkpoint that can be read.
+    """Reads the item ``run`` and networks of the newest checkpoint that can be read.
 
     Args:
       workdir: the folder of the run.
@@ -147,8 +133,11 @@ def read_last(workdir: epath.Path, target: dict[str, Model]) -> Saved:
       ConfigError: if there is none.
     """
     with reading(folder_of(workdir)) as reader:
-        step, (run, models) = _last(workdir, reader, target)
-    return Saved(step, run, models)
+        found, damaged = newest_readable(reader, lambda step: read_items(reader, step, target))
+    if found is None:
+        problem = "none of its checkpoints can be read" if damaged else "holds no checkpoint"
+        raise ConfigError(f"{workdir}: {problem}")
+    return found
 
 
 def read_best(workdir: epath.Path, target: dict[str, Model], last: Saved) -> Saved:
@@ -167,11 +156,10 @@ def read_best(workdir: epath.Path, target: dict[str, Model], last: Saved) -> Sav
         if step in (last.step, None):
             return last
         try:
-            run, models = read_items(reader, step, target)
+            return read_items(reader, step, target)
         except Exception as error:
             path = folder_of(workdir) / str(step)
             raise ConfigError(f"{path}: cannot be read ({one_line(error)})") from error
-    return Saved(step, run, models)
 
 
 def load(
@@ -222,8 +210,7 @@ def load_all(workdir: epath.PathLike, which: Which = "best", plain: bool = False
     if which not in get_args(Which):
         raise ValueError(f"which={which!r}: choose from {', '.join(get_args(Which))}")
     workdir = located(workdir)
-    _, run = last_run(workdir)
-    config = run.resolved_config()
+    config = read_last(workdir, {}).run.resolved_config()
     with jax.enable_x64(config.precision == "f64"):
         graphdef, params, batch_stats = abstract_network(config)
         item = "averaged" if config.average and not plain else "model"
@@ -231,7 +218,7 @@ def load_all(workdir: epath.PathLike, which: Which = "best", plain: bool = False
         saved = read_last(workdir, target)
         if which == "best":
             saved = read_best(workdir, target, saved)
-    arrays = saved.models[item]
+    arrays = saved.items[item]
     model = nnx.merge(graphdef, arrays["params"], arrays["batch_stats"])
     model.eval()
     return Trained(model, config, saved.step, saved.run.classes)
@@ -290,40 +277,31 @@ def _pass_over_abandoned_reads() -> None:
     sys.unraisablehook = hook
 
 
-def read_items(reader: ocp.CheckpointManager, step: int, target: dict[str, Any]) -> Items:
+def read_items(reader: ocp.CheckpointManager, step: int, target: dict[str, Any]) -> Saved:
     """Reads the item ``run`` of a checkpoint, and the other items whose shapes are given.
 
-    Raises:
-      ValueError: if the item ``run`` is not what a run saves. For damaged files, Orbax and
-        TensorStore raise many other errors.
+    For damaged files, Orbax and TensorStore raise many errors.
     """
     arrays = {name: ocp.args.StandardRestore(tree) for name, tree in target.items()}
     saved = reader.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **arrays))
-    run = from_json(RunItem, saved["run"])
-    records = [from_json(EpochRecord, record) for record in run.records]
-    if [record.epoch for record in records] != list(range(1, len(records) + 1)):
-        raise ValueError("has epochs that are not in order")
-    if any(record.step > step for record in records):
-        raise ValueError(f"has an epoch that ended after step {step}")
-    if not all(isinstance(name, str) for name in run.classes):
-        raise ValueError("has a class whose name is no text")
-    return dataclasses.replace(run, records=records), {name: saved[name] for name in target}
+    records = [EpochRecord(**record) for record in saved["run"]["records"]]
+    run = RunItem(**saved["run"] | {"records": records})
+    return Saved(step, run, {name: saved[name] for name in target})
 
 
 def newest_readable(
     reader: ocp.CheckpointManager, read: Callable[[int], T]
-) -> tuple[tuple[int, T] | None, list[int]]:
+) -> tuple[T | None, list[int]]:
     """Reads the newest checkpoint that can be read, and lists the newer ones that cannot.
 
     Returns:
-      Its step and the result of reading it, if there is one; and the steps of the damaged ones.
+      The result of reading it, if there is one; and the steps of the damaged ones.
     """
     by_system = lambda error: not _is_damage(error)
     damaged: list[int] = []
     for step in reversed(reader.all_steps()):
         try:
-            found = patiently(functools.partial(read, step), RETRY_SECONDS, by_system)
-            return (step, found), damaged
+            return patiently(functools.partial(read, step), RETRY_SECONDS, by_system), damaged
         except ConfigError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many for damaged files.
@@ -346,17 +324,6 @@ def _is_damage(error: BaseException) -> bool:
     # What reads a bucket for Orbax has errors of its own, without a number.
     system |= type(cause).__module__.partition(".")[0] in BUCKET_CLIENTS
     return not (system or isinstance(cause, MemoryError) or str(cause).startswith(UNAVAILABLE))
-
-
-def _last(
-    workdir: epath.Path, reader: ocp.CheckpointManager, target: dict[str, Any]
-) -> tuple[int, Items]:
-    """Reads the newest readable checkpoint by :func:`read_items`; raises if there is none."""
-    found, damaged = newest_readable(reader, lambda step: read_items(reader, step, target))
-    if found is None:
-        problem = "none of its checkpoints can be read" if damaged else "holds no checkpoint"
-        raise ConfigError(f"{workdir}: {problem}")
-    return found
 
 
 def on_one_device(tree: Any) -> Any:

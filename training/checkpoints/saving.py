@@ -20,8 +20,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from input_pipeline import cloud
 from training import multihost, sharding
 from training.checkpoints.reading import (
-    Items,
     RunItem,
+    Saved,
     folder_of,
     newest_readable,
     one_line,
@@ -98,12 +98,14 @@ class Saver:
         self._folder = folder_of(workdir)
         self._config, self._sizes, self._classes = config, sizes, classes
         self._seconds, self._steps = config.save_interval
-        self._preserved = _LatestAndBest(config.keep)
+        # The newest, and the one of the best epoch.
+        self._preserved = preservation_policy.AnyPreservationPolicy(
+            [preservation_policy.LatestN(config.keep)]
+        )
         self._manager = self._open()
         self._held: Snapshot | None = None
-        # The step and the number of epochs of the newest checkpoint, and a step not yet complete.
+        # The step and the number of epochs of the newest checkpoint.
         self._saved: tuple[int, int] | None = None
-        self._pending: int | None = None
         self._last_save = time.monotonic()
         self._failure: str | None = None
 
@@ -146,13 +148,13 @@ class Saver:
             on_host = jax.tree.map(
                 lambda x: np.broadcast_to(np.zeros([], x.dtype), x.shape), target
             )
-            look = lambda: str((self._newest(on_host) or ("",))[0])
+            look = lambda: str(saved.step if (saved := self._newest(on_host)) else "")
             newest = multihost.broadcast_from_primary(look)
             with reading(self._folder) as reader:
-                found = (int(newest), read_items(reader, int(newest), target)) if newest else None
+                found = read_items(reader, int(newest), target) if newest else None
         if found is None:
             return None
-        step, (run, arrays) = found
+        step, run, arrays = found
         # Arrays that Orbax has read share its memory, which donated buffers must not do.
         arrays = sharding.copy(arrays)
         training = arrays["training"]
@@ -168,11 +170,11 @@ class Saver:
             step, state, training["sums"], run.seconds, run.records, run.position, averaged
         )
 
-    def _newest(self, target: dict[str, Any]) -> tuple[int, Items] | None:
+    def _newest(self, target: dict[str, Any]) -> Saved | None:
         """Reads the newest checkpoint that can be read, in one process."""
 
-        def read(step: int) -> Items:
-            run, _ = read_items(reader, step, {})
+        def read(step: int) -> Saved:
+            run = read_items(reader, step, {}).run
             self._config.check_same_run(run.resolved_config())
             if tuple(run.sizes) != self._sizes:
                 raise ConfigError(
@@ -274,12 +276,13 @@ class Saver:
             self._failed(lack)
             return
         steps = {*self._manager.all_steps(), step}
-        self._preserved.best = best_step(snapshot.records, steps)
+        top = preservation_policy.CustomSteps([best_step(snapshot.records, steps)])
+        self._preserved.policies[1:] = [top]
         try:
             if saved and saved[0] == step:  # Without the evaluation, which had been stopped.
                 self._manager.delete(step)
             self._manager.save(step, args=items)
-            self._saved, self._pending = (step, len(snapshot.records)), step
+            self._saved = step, len(snapshot.records)
         except Exception as error:  # Orbax and TensorStore raise many for a full disk.
             self._failed_here(error)
 
@@ -288,14 +291,6 @@ class Saver:
             self._manager.wait_until_finished()
         except Exception as error:
             self._failed_here(error)
-            return
-        step, self._pending = self._pending, None
-        if (
-            step is not None
-            and multihost.is_primary()
-            and step not in self._manager.all_steps(True)
-        ):
-            self._failed(f"{step} has been saved, and is not found there")
 
     def _failed_here(self, error: Exception) -> None:
         """Handles a failure of Orbax in this process, and perhaps in no other."""
@@ -306,26 +301,12 @@ class Saver:
         with contextlib.suppress(Exception):
             self._manager.close()
         self._manager = self._open()
-        self._saved = self._pending = None
+        self._saved = None
         self._failed(one_line(error))
 
     def _failed(self, why: str) -> None:
         self._failure = f"cannot save in {self._folder}: {why}"
         log.warning("%s; the checkpoints before this one stay", self._failure)
-
-
-@dataclasses.dataclass
-class _LatestAndBest(preservation_policy.PreservationPolicy):  # type: ignore[misc]
-    """Keeps the newest ``keep`` checkpoints, and the one of the best epoch, given by its step."""
-
-    keep: int
-    best: int | None = None
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> Any:
-        newest = preservation_policy.LatestN(self.keep)
-        best = preservation_policy.CustomSteps([self.best])
-        both = preservation_policy.AnyPreservationPolicy([newest, best])
-        return both.should_preserve(checkpoints, context=context)
 
 
 def _models(config: TrainConfig, state: TrainState, averaged: Model | None) -> dict[str, Model]:

@@ -1,9 +1,9 @@
 """What every feed of training data has."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from training import metrics, sharding
@@ -98,10 +98,13 @@ class OnMesh:
         self.request = Request()
         self._everywhere = sharding.replicated(plan.mesh)
         self._over_batch = sharding.over_batch(plan.mesh)
-        zero_train = functools.partial(metrics.zero_train_metrics, plan.dtype)
-        zero_eval = functools.partial(metrics.zero_metrics, plan.dtype)
-        self._zero_metrics = sharding.make(self._everywhere, zero_train)
-        self._zero_eval_metrics = sharding.make(self._everywhere, zero_eval)
+        zeros = lambda: (metrics.zero_train_metrics(plan.dtype), metrics.zero_metrics(plan.dtype))
+        # Not device_put, which leaves a process that has one device without its share of arrays
+        # that are on devices already (JAX 0.10.1 to 0.12).
+        make = jax.jit(zeros, out_shardings=self._everywhere)
+        self._zero_metrics: TrainMetrics
+        self._zero_eval_metrics: Metrics
+        self._zero_metrics, self._zero_eval_metrics = make()
 
     def zero_metrics(self) -> TrainMetrics:
         """Returns the zero sums that an epoch starts from."""

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import rich.console
 from etils import epath
@@ -70,19 +70,20 @@ class _Output(rich.console.Console):
 class Console:
     """Reports the progress of a run on standard output."""
 
-    def __init__(self, epochs: int, facts: dict[str, str]):
+    def __init__(self, epochs: int, facts: dict[str, str], quiet: bool = False):
         """Prints the facts of the run.
 
         Args:
           epochs: the number of epochs of the run.
           facts: the facts to print, by name.
+          quiet: whether to print nothing at all.
         """
-        self._console = _Output(highlight=False, soft_wrap=True)
+        self._console = _Output(highlight=False, soft_wrap=True, quiet=quiet)
         self._epochs = epochs
         self._bar = None
         for name, fact in facts.items():
             self.say(f"{name:9s} {fact}")
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             # Leaves room for the `^C` that a terminal prints, which would start a new line.
             bar_width = min(max(self._console.width - BESIDE_BAR, 4), 40)
             columns = (
@@ -93,6 +94,14 @@ class Console:
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("compiling", total=None, averages="")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.stop()
 
     def say(self, line: str) -> None:
         """Prints one line as it is."""
@@ -105,7 +114,13 @@ class Console:
             self._console.on_broken_pipe()
 
     def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
-        """Moves the bar; see :meth:`training.reporting.reporter.SilentReporter.progress`."""
+        """Moves the bar.
+
+        Args:
+          epoch: the number of the current epoch, counted from 1.
+          done: the fraction of the epoch that is done, 0 to 1.
+          averages: ``loss``, ``accuracy``, ``eta``, ``images_per_second`` over that fraction.
+        """
         if self._bar is None:
             return
         text = (
@@ -136,11 +151,6 @@ class Console:
     def epoch(self, record: EpochRecord) -> None:
         """Prints the line of an epoch."""
         self.say("  ".join(f"{text(record):>{width}}" for _, width, text in COLUMNS))
-
-    def close(self) -> None:
-        """Removes the bar."""
-        if self._bar is not None:
-            self._bar.stop()
 
     def summary(
         self, records: list[EpochRecord], before: int, seconds: float, workdir: epath.Path

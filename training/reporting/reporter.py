@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Self
 
 from etils import epath
 
@@ -24,39 +23,7 @@ log = logging.getLogger(__name__)
 DRAWING_SHARE = 0.01
 
 
-class SilentReporter:
-    """Reports and writes nothing: for the processes other than the primary one."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        pass
-
-    def compiling(self) -> None:
-        """Reports that the programs of the run are being compiled."""
-
-    def begin(self, compile_seconds: float) -> None:
-        """Reports that everything is ready for the first epoch."""
-
-    def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
-        """Moves the bar.
-
-        Args:
-          epoch: the number of the current epoch, counted from 1.
-          done: the fraction of the epoch that is done, 0 to 1.
-          averages: ``loss``, ``accuracy``, ``eta``, ``images_per_second`` over that fraction.
-        """
-
-    def epoch(self, record: EpochRecord) -> None:
-        """Writes and shows the record of an epoch.
-
-        Raises:
-          SaveError: if it cannot be written.
-        """
-
-
-class Reporter(SilentReporter):
+class Reporter(Console):
     """Writes the files of a run and reports on it; a context manager around its epochs.
 
     Attributes:
@@ -102,32 +69,25 @@ class Reporter(SilentReporter):
             raise ConfigError(f"--workdir {workdir}: {error.strerror}") from error
         self._title = f"{config.arch} on {config.dataset}"
         self._drawing_seconds, self._drawn = 0.0, len(records)
-        self._console = Console(config.epochs, facts | {"workdir": os.fspath(workdir)})
+        super().__init__(config.epochs, facts | {"workdir": os.fspath(workdir)})
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Completes the files, and prints the table at the end of a run that went well."""
         self._draw()
-        self._console.close()
+        super().__exit__(kind)
         with contextlib.suppress(OSError):  # The failure to write has been reported.
             self._tensorboard.close()
             self._metrics.close()
         if kind is None:
             seconds = time.perf_counter() - self._start
-            self._console.summary(self.records, self._before, seconds, self._workdir)
-
-    def compiling(self) -> None:
-        """Reports that the programs of the run are being compiled."""
-        self._console.compiling()
-
-    def begin(self, compile_seconds: float) -> None:
-        """Reports that everything is ready for the first epoch, and shows the bar."""
-        self._console.begin(compile_seconds)
-
-    def progress(self, epoch: int, done: float, averages: dict[str, float]) -> None:
-        """Moves the bar."""
-        self._console.progress(epoch, done, averages)
+            self.summary(self.records, self._before, seconds, self._workdir)
 
     def epoch(self, record: EpochRecord) -> None:
-        """Writes the record and shows it, and redraws the plots unless that was done lately."""
+        """Writes the record and shows it, and redraws the plots unless that was done lately.
+
+        Raises:
+          SaveError: if it cannot be written.
+        """
         self.records.append(record)
         try:
             self._metrics.write(_line(record))
@@ -135,7 +95,7 @@ class Reporter(SilentReporter):
             self._tensorboard.write(record)
         except OSError as error:
             raise SaveError(f"cannot write in {self._workdir}: {error.strerror}") from error
-        self._console.epoch(record)
+        super().epoch(record)
         if self._drawing_seconds <= DRAWING_SHARE * (time.perf_counter() - self._start):
             self._draw()
 

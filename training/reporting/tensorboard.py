@@ -2,6 +2,7 @@
 
 import os
 import time
+import types
 
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
@@ -12,14 +13,8 @@ from tensorboardX.record_writer import register_writer_factory
 from training.records import EpochRecord
 from training.workdir import RewrittenFile
 
-
-class _InBucket:
-    """Opens files for tensorboardX in a bucket, where it would have a client of its own."""
-
-    open = staticmethod(RewrittenFile)
-
-
-register_writer_factory("gs", _InBucket())
+# In a bucket, where tensorboardX would have a client of its own.
+register_writer_factory("gs", types.SimpleNamespace(open=RewrittenFile))
 
 
 class EventFile:
