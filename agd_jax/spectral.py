@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from agd_jax.geometry import MATRICES
 
@@ -30,7 +32,8 @@ def orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
     r"""Replaces each matrix of a tree of gradients by its orthogonal factor.
 
     That of :math:`g = U \Sigma V^T` is :math:`U V^T`: of all matrices whose operator norm is one,
-    it goes up the steepest. Matrices of one shape are computed together. The :math:`n` taps of a
+    it goes up the steepest. Matrices of one shape are computed together, and where a mesh is set
+    (``jax.set_mesh``), its devices share them out. The :math:`n` taps of a
     convolution's kernel are one matrix, from all inputs under it, whose factor is multiplied by
     :math:`\sqrt n`: times the kernel's scale, that is as large as the kernel is that
     :func:`agd_jax.orthogonal_init` draws, tap by tap.
@@ -44,6 +47,16 @@ def orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
       The gradients and their norms, for :meth:`Layout.direction`. Matrices with several rows and
       columns are replaced, and their norms are one, or zero where they were.
     """
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        # Within, XLA chooses how arrays are split; after it, they are as they were.
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, norms))
+        within = functools.partial(_orthogonal_factors, layouts)
+        found: tuple[Any, Any] = jax.sharding.auto_axes(within, out_sharding=specs)(grads, norms)
+        return found
+    return _orthogonal_factors(layouts, grads, norms)
+
+
+def _orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
     leaves, structure = jax.tree.flatten(grads)
     of_leaves, found = jax.tree.leaves(norms), jax.tree.leaves(layouts)
     alike: dict[Any, list[tuple[int, bool, jax.Array]]] = defaultdict(list)
@@ -57,7 +70,7 @@ def orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
         alike[matrices.shape[1:], matrices.dtype].append((index, tall, matrices))
     for group in alike.values():
         stacks = [matrices for *_, matrices in group]
-        factors = polar_factor(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
+        factors = _shared_out(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
         start = 0
         for index, tall, matrices in group:
             factor = factors[start : start + len(matrices)]
@@ -65,6 +78,21 @@ def orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
             layout, rows = found[index], jnp.swapaxes(factor, 1, 2) if tall else factor
             leaves[index] = math.sqrt(layout.count("taps")) * layout.from_rows(rows)
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, of_leaves)
+
+
+def _shared_out(matrices: jax.Array) -> jax.Array:
+    """Computes :func:`polar_factor`, each device of the mesh that is set for its share of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
+    if math.prod(mesh.shape[name] for name in axes) == 1 or len(matrices) == 1:
+        return polar_factor(matrices)
+    place: Any = jax.lax.with_sharding_constraint
+    whole, shares = PartitionSpec(), PartitionSpec(axes)
+    # Whole before and after, or XLA splits what they are made of, and made into, by rows.
+    factors = polar_factor(place(place(matrices, whole), shares))
+    result: jax.Array = place(place(factors, shares), whole)
+    return result
 
 
 def polar_factor(matrices: jax.Array) -> jax.Array:

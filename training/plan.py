@@ -46,7 +46,13 @@ class Plan(NamedTuple):
     @property
     def train_step(self) -> TrainStep:
         """A training step, as a function of the state and a batch alone."""
-        return functools.partial(step.train_step, self.graphdef, self.tx, self._loss)
+
+        def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
+            # Over which spectral AGD shares out its matrices.
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return step.train_step(self.graphdef, self.tx, self._loss, state, batch)
+
+        return train_step
 
     @property
     def eval_step(self) -> EvalStep:

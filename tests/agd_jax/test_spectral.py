@@ -1,5 +1,8 @@
 """Spectral AGD: orthogonal factors, momentum, and steps in the operator norm."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,3 +158,65 @@ def test_the_state_has_one_tensor_for_each_parameter():
 def test_what_makes_no_sense_is_refused(argument, message):
     with pytest.raises(ValueError, match=message):
         agd_jax.agd(**argument)
+
+
+ON_A_MESH = """
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import agd_jax
+
+shapes = {"conv": (3, 3, 8, 16), "heads": (16, 4, 8), "last": (32, 12), "table": (24, 8)}
+shapes |= {f"dense{i}": (32, 32) for i in range(16)} | {"bias": (8,)}
+draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape, jnp.float64)
+grads = {name: draw(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def apply(params, image, x, row):
+    dense = sum(x @ params[f"dense{i}"] for i in range(16))
+    window = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    conv = jax.lax.conv_general_dilated(image, params["conv"], **window)
+    heads = jnp.einsum("bi,ihd->bhd", x[:, :16], params["heads"])
+    table = params["table"][row] + params["bias"]
+    return dense @ params["last"], conv, heads, table
+
+
+inputs = jnp.zeros((1, 4, 4, 8)), jnp.zeros((2, 32)), jnp.zeros(3, int)
+tx = agd_jax.agd(geometry=agd_jax.geometry_of(apply, grads, *inputs), norm="spectral")
+
+
+def update(grads):
+    # The updates, and the operations of each device.
+    state = tx.init(grads)
+    program = jax.jit(tx.update).lower(grads, state).compile()
+    return program(grads, state)[0], program.cost_analysis()["flops"]
+
+
+expected, alone = update(grads)
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (kind, kind))
+    for spec in (P(), P("data"), P("model", "data")):
+        # Of the last axes, where there are as many.
+        of = lambda x: P(*[None] * (x.ndim - len(spec)), *spec) if x.ndim >= len(spec) else P()
+        shardings = jax.tree.map(lambda x: NamedSharding(mesh, of(x)), grads)
+        with jax.set_mesh(mesh):
+            updates, each = update(jax.device_put(grads, shardings))
+        for name in grads:
+            np.testing.assert_allclose(updates[name], expected[name], rtol=1e-9, atol=1e-12)
+        assert each < alone / 4, (kind, spec, each, alone)
+print("same on", len(jax.devices()))
+"""
+
+
+@pytest.mark.slow
+def test_devices_of_a_mesh_share_out_the_matrices_however_these_are_split():
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env |= {"JAX_ENABLE_X64": "true", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    command = [sys.executable, "-c", ON_A_MESH]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.stdout == "same on 8\n", run.stderr
