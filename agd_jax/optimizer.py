@@ -136,12 +136,12 @@ def agd(
     in Nesterov's form and without the mean's bias towards zero. A kernel of :math:`n_k` taps is one
     matrix here, from all inputs under it (:mod:`agd_jax.spectral`); vectors and rows of embeddings
     step as before, and a row that is not looked up does not move. Where a mesh is set
-    (``jax.set_mesh``), its devices share out the matrices, however the parameters are split.
-    ``G`` is that of the mean, by the same equation as above. To first order such a step lowers the loss by :math:`\eta / L` times the
-    sum of :math:`s_k \sqrt{n_k} \|m_k\|_*`, with nuclear norms, the duals of operator norms, which
-    is no less than the terms of ``G``; so :math:`\eta` is no more than the bound asks for. Nuclear
-    norms would ask for more in noise, whose singular values are all alike: they multiply that of
-    rank :math:`r` by up to :math:`\sqrt r`.
+    (``jax.set_mesh``), its devices share out the matrices, however the parameters are split. ``G``
+    is that of the mean, by the same equation as above. To first order such a step lowers the loss
+    by :math:`\eta / L` times the sum of :math:`s_k \sqrt{n_k} \|m_k\|_*`, with nuclear norms, the
+    duals of operator norms, which is no less than the terms of ``G``; so :math:`\eta` is no more
+    than the bound asks for. Nuclear norms would ask for more in noise, whose singular values are
+    all alike: they multiply that of rank :math:`r` by up to :math:`\sqrt r`.
 
     What remains is feedback: steps that are too large make gradients grow, and with them ``G`` and
     the next steps. So with momentum, ``G`` grows no faster than the number of steps: after step
