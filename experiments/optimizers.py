@@ -146,7 +146,7 @@ REVISION = 3
 def of_agd(make: Callable[..., Any] = agd, **settings: Any) -> Optimizer:
     """Returns AGD with some settings, from orthogonal weights unless they say otherwise."""
     # All variants average.
-    averages = settings.get("average", make is variants.spectral)
+    averages = settings.get("average", make is not agd)
     return Optimizer(
         without_rate(make),
         {"revision": REVISION, **settings},
@@ -203,6 +203,7 @@ OPTIMIZERS = {
 
 library = functools.partial(of_agd, norm="spectral", average=True)
 variant = functools.partial(of_agd, variants.spectral)
+between = functools.partial(of_agd, variants.between)
 VARIANTS = {
     "v_mass_one": library(mass=1.0),
     "v_mass_third": library(mass=1 / 3),
@@ -221,5 +222,7 @@ VARIANTS = {
     "v_distance": variant(distance=True),
     "v_decay": variant(decay=0.1),
     "v_relative": variant(relative=True),
+    "v_between_slow": between(power=0.1),
+    "v_between": between(power=0.5),
 }
 OPTIMIZERS |= VARIANTS

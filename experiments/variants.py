@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import agd_jax
+from agd_jax.averaging import PARTS
 from agd_jax.geometry import MATRICES, Layout, layouts_of
 from agd_jax.optimizer import (
     MOMENTUM,
@@ -137,6 +138,50 @@ def spectral(
         return updates, State(eta, summary, steps, mean, squares, state.start, farthest)
 
     return agd_jax.averaged(optax.GradientTransformation(init, update))
+
+
+class BetweenState(NamedTuple):
+    """The state of :func:`between`: the iterates, their average and the state of spectral AGD."""
+
+    steps: jax.Array
+    iterate: Any
+    average: Any
+    inner: Any
+
+
+def between(
+    revision: int, geometry: agd_jax.Geometry, power: float
+) -> optax.GradientTransformation:
+    """Returns spectral AGD whose gradient is taken between the iterate and the average.
+
+    Towards the average with time, as in AMUSE (arXiv:2605.22432): the parameters are
+    ``(1 - b) * iterate + b * average``, ``b = 1 - (10 / (10 + steps)) ** power``.
+
+    Args:
+      revision: for the key of a run alone.
+      geometry: how parameters are used.
+      power: how soon it is the average.
+    """
+    tx = agd_jax.agd(geometry=geometry, norm="spectral")
+
+    def init(params: Any) -> BetweenState:
+        iterate, average = (jax.tree.map(jnp.array, params) for _ in range(2))
+        return BetweenState(jnp.zeros([], jnp.int32), iterate, average, tx.init(params))
+
+    def update(grads: Any, state: BetweenState, params: Any) -> tuple[Any, BetweenState]:
+        updates, inner = tx.update(grads, state.inner, state.iterate)
+        iterate = optax.apply_updates(state.iterate, updates)
+        steps = state.steps + 1
+        past = PARTS / (PARTS + steps.astype(jnp.float32))
+        share = past * (PARTS + 1) / PARTS
+        nearer = lambda a, w: a + share * (w - a)
+        average = jax.tree.map(nearer, state.average, iterate)
+        ahead = past**power
+        place = lambda w, a, p: ahead * w + (1 - ahead) * a - p
+        moves = jax.tree.map(place, iterate, average, params)
+        return moves, BetweenState(steps, iterate, average, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _mean_square(one: Layout, o: jax.Array, v: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ COLOURS = {
     "agd_own_start": "#fc9272",
     "agd_averaged": "#e7969c",
     "agd_momentum": "#ad494a",
-    "agd_spectral": "#843c39",
+    "agd_spectral": "#e6ab02",
     "agd_spectral_averaged": "#000000",
     "sgd": "#7f7f7f",
     "adam": "#17becf",
