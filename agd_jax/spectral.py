@@ -50,13 +50,14 @@ def orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         # Within, XLA chooses how arrays are split; after it, they are as they were.
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (grads, norms))
-        within = functools.partial(_orthogonal_factors, layouts)
+        split = any(axis is not None for spec in jax.tree.leaves(specs[0]) for axis in spec)
+        within = functools.partial(_orthogonal_factors, layouts, split)
         found: tuple[Any, Any] = jax.sharding.auto_axes(within, out_sharding=specs)(grads, norms)
         return found
-    return _orthogonal_factors(layouts, grads, norms)
+    return _orthogonal_factors(layouts, False, grads, norms)
 
 
-def _orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
+def _orthogonal_factors(layouts: Any, split: bool, grads: Any, norms: Any) -> tuple[Any, Any]:
     leaves, structure = jax.tree.flatten(grads)
     of_leaves, found = jax.tree.leaves(norms), jax.tree.leaves(layouts)
     alike: dict[Any, list[tuple[int, bool, jax.Array]]] = defaultdict(list)
@@ -70,7 +71,7 @@ def _orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]
         alike[matrices.shape[1:], matrices.dtype].append((index, tall, matrices))
     for group in alike.values():
         stacks = [matrices for *_, matrices in group]
-        factors = _shared_out(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0])
+        factors = _shared_out(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0], split)
         start = 0
         for index, tall, matrices in group:
             factor = factors[start : start + len(matrices)]
@@ -80,18 +81,23 @@ def _orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, of_leaves)
 
 
-def _shared_out(matrices: jax.Array) -> jax.Array:
-    """Computes :func:`polar_factor`, each device of the mesh that is set for its share of them."""
+def _shared_out(matrices: jax.Array, split: bool) -> jax.Array:
+    """Computes :func:`polar_factor`, each device of the mesh that is set for its share of them.
+
+    Args:
+      matrices: of one shape, as :func:`polar_factor` takes them.
+      split: whether they are of split gradients, so that no device is to hold all of them.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
     if math.prod(mesh.shape[name] for name in axes) == 1 or len(matrices) == 1:
         return polar_factor(matrices)
     place: Any = jax.lax.with_sharding_constraint
-    whole, shares = PartitionSpec(), PartitionSpec(axes)
-    # Whole before and after, or XLA splits what they are made of, and made into, by rows.
-    factors = polar_factor(place(place(matrices, whole), shares))
-    result: jax.Array = place(place(factors, shares), whole)
+    outside, shares = PartitionSpec(*(None, axes) if split else ()), PartitionSpec(axes)
+    # Said before and after too, or XLA splits whole gradients and updates by rows.
+    factors = polar_factor(place(place(matrices, outside), shares))
+    result: jax.Array = place(place(factors, shares), outside)
     return result
 
 
