@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import agd_jax
-from agd_jax.averaging import PARTS
+from agd_jax.averaging import PARTS, AverageState
 from agd_jax.geometry import MATRICES, Layout, layouts_of
 from agd_jax.optimizer import (
     MOMENTUM,
@@ -141,12 +141,10 @@ def spectral(
 
 
 class BetweenState(NamedTuple):
-    """The state of :func:`between`: the iterates, their average and the state of spectral AGD."""
+    """The state of :func:`between`: the iterate, and the state of spectral AGD with averages."""
 
-    steps: jax.Array
     iterate: Any
-    average: Any
-    inner: Any
+    inner: AverageState
 
 
 def between(
@@ -162,24 +160,17 @@ def between(
       geometry: how parameters are used.
       power: how soon it is the average.
     """
-    tx = agd_jax.agd(geometry=geometry, norm="spectral")
+    tx = agd_jax.averaged(agd_jax.agd(geometry=geometry, norm="spectral"))
 
     def init(params: Any) -> BetweenState:
-        iterate, average = (jax.tree.map(jnp.array, params) for _ in range(2))
-        return BetweenState(jnp.zeros([], jnp.int32), iterate, average, tx.init(params))
+        return BetweenState(jax.tree.map(jnp.array, params), tx.init(params))
 
     def update(grads: Any, state: BetweenState, params: Any) -> tuple[Any, BetweenState]:
         updates, inner = tx.update(grads, state.inner, state.iterate)
         iterate = optax.apply_updates(state.iterate, updates)
-        steps = state.steps + 1
-        past = PARTS / (PARTS + steps.astype(jnp.float32))
-        share = past * (PARTS + 1) / PARTS
-        nearer = lambda a, w: a + share * (w - a)
-        average = jax.tree.map(nearer, state.average, iterate)
-        ahead = past**power
-        place = lambda w, a, p: ahead * w + (1 - ahead) * a - p
-        moves = jax.tree.map(place, iterate, average, params)
-        return moves, BetweenState(steps, iterate, average, inner)
+        ahead = (PARTS / (PARTS + inner.steps.astype(jnp.float32))) ** power
+        move = lambda w, a, p: ahead * w + (1 - ahead) * a - p
+        return jax.tree.map(move, iterate, inner.average, params), BetweenState(iterate, inner)
 
     return optax.GradientTransformation(init, update)
 
