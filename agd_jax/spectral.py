@@ -60,24 +60,21 @@ def orthogonal_factors(layouts: Any, grads: Any, norms: Any) -> tuple[Any, Any]:
 def _orthogonal_factors(layouts: Any, split: bool, grads: Any, norms: Any) -> tuple[Any, Any]:
     leaves, structure = jax.tree.flatten(grads)
     of_leaves, found = jax.tree.leaves(norms), jax.tree.leaves(layouts)
-    alike: dict[Any, list[tuple[int, bool, jax.Array]]] = defaultdict(list)
+    alike: dict[Any, list[tuple[int, jax.Array]]] = defaultdict(list)
     for index, (layout, leaf) in enumerate(zip(found, leaves, strict=True)):
         shape = layout.count("taps", "inputs"), layout.count("outputs")
         if layout.kind not in MATRICES or 1 in shape:
             continue
         of_leaves[index] = jnp.where(of_leaves[index] == 0, 0, jnp.ones_like(of_leaves[index]))
-        matrices, tall = layout.to_rows(leaf).reshape(-1, *shape), shape[0] > shape[1]
-        matrices = jnp.swapaxes(matrices, 1, 2) if tall else matrices
-        alike[matrices.shape[1:], matrices.dtype].append((index, tall, matrices))
+        alike[shape, leaf.dtype].append((index, layout.to_rows(leaf).reshape(-1, *shape)))
     for group in alike.values():
-        stacks = [matrices for *_, matrices in group]
+        stacks = [matrices for _, matrices in group]
         factors = _shared_out(jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0], split)
         start = 0
-        for index, tall, matrices in group:
-            factor = factors[start : start + len(matrices)]
+        for index, matrices in group:
+            factor, layout = factors[start : start + len(matrices)], found[index]
             start += len(matrices)
-            layout, rows = found[index], jnp.swapaxes(factor, 1, 2) if tall else factor
-            leaves[index] = math.sqrt(layout.count("taps")) * layout.from_rows(rows)
+            leaves[index] = math.sqrt(layout.count("taps")) * layout.from_rows(factor)
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, of_leaves)
 
 
@@ -102,7 +99,7 @@ def _shared_out(matrices: jax.Array, split: bool) -> jax.Array:
 
 
 def polar_factor(matrices: jax.Array) -> jax.Array:
-    """Returns the orthogonal factors of matrices ``(count, m, n)`` with ``m <= n``.
+    """Returns the orthogonal factors of matrices ``(count, m, n)``.
 
     They are computed to a tenth, by matrix products alone: singular values above a thousandth of
     the Frobenius norm become 0.88 to 1.12, smaller ones less.
@@ -113,18 +110,28 @@ def polar_factor(matrices: jax.Array) -> jax.Array:
     """
     norms = jnp.linalg.norm(matrices, axis=(1, 2), keepdims=True)
     x = jnp.where(norms == 0, 0, matrices / (MARGIN * norms))
-    rows, columns = x.shape[1:]
-    if columns < WIDE * rows:
+    tall = x.shape[1] > x.shape[2]
+    short, long = sorted(x.shape[1:])
+
+    # From the side of the columns where these are fewer, since transposing would take as long as
+    # much of the arithmetic.
+    def gram_of(x: jax.Array) -> jax.Array:
+        return jnp.einsum("kji,kjl->kil" if tall else "kij,klj->kil", x, x)
+
+    def times(symmetric: jax.Array, x: jax.Array) -> jax.Array:
+        return x @ symmetric if tall else symmetric @ x
+
+    if long < WIDE * short:
         for a, b, c in POLYNOMIALS:
-            gram = x @ jnp.swapaxes(x, 1, 2)
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            gram = gram_of(x)
+            x = a * x + times(b * gram + c * gram @ gram, x)
         return x
     # Each polynomial is a small matrix times x. These are multiplied first; what they do to the
-    # products of rows makes the next. Rounding grows here, so that TF32 or bfloat16 would not do.
+    # Gram matrix makes the next. Rounding grows here, so that TF32 or bfloat16 would not do.
     with jax.default_matmul_precision("highest"):
-        gram = x @ jnp.swapaxes(x, 1, 2)
-        product = one = jnp.eye(rows, dtype=x.dtype)
+        gram, factors = gram_of(x), []
         for a, b, c in POLYNOMIALS:
-            factor = a * one + b * gram + c * gram @ gram
-            product, gram = factor @ product, factor @ gram @ factor
-        return product @ x
+            factor = a * jnp.eye(short, dtype=x.dtype) + b * gram + c * gram @ gram
+            factors.append(factor)
+            gram = factor @ gram @ factor
+        return times(functools.reduce(jnp.matmul, factors), x)
