@@ -136,9 +136,10 @@ def compile_programs(task: Task, optimizer: str) -> Programs:
             model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
             model.train()
             loss = jnp.mean(task.loss(model(inputs).astype(jnp.float32), targets))
-            return loss, nnx.state(model, nnx.BatchStat)
+            return task.loss_scale * loss, (loss, nnx.state(model, nnx.BatchStat))
 
-        (loss, batch_stats), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (_, (loss, batch_stats)), grads = gradient(state.params)
         tx = entry.create(rate, task.steps, geometry)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         eta = optax.tree.get(opt_state, "eta", default=None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from experiments.figures.agd import Choices, Extremes
 from experiments.figures.paper import Batches, Breadth, Deep, Rates, Sizes, Tuned
+from experiments.figures.robustness import Robustness
 from experiments.figures.runs import Need, Run
 from experiments.figures.spectral import Horizons, ResNet, Variants
 from experiments.figures.yardstick import Published, Yardstick
@@ -51,5 +52,6 @@ FIGURES: dict[str, Figure] = {
     "extremes": Extremes(),
     "variants": Variants(),
     "horizons": Horizons(),
+    "robustness": Robustness(),
     "resnet": ResNet(),
 }

@@ -47,6 +47,7 @@ class Task:
       loss: ``(logits, targets)`` to the loss of each prediction.
       batch_size: examples per step.
       steps: the length of a run.
+      loss_scale: a factor of the loss that the optimiser sees, and no record.
       convolutional: whether it has convolutions, which XLA runs on one thread inside of loops on a
         CPU.
     """
@@ -58,6 +59,7 @@ class Task:
     loss: Loss
     batch_size: int
     steps: int
+    loss_scale: float = 1.0
     convolutional: bool = False
 
 

@@ -26,9 +26,20 @@ VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 500
 
 
 @functools.cache
-def data(dataset: str, validation_images: int) -> Data:
-    """Loads a data set, with so many of its test images, if it has them."""
+def data(dataset: str, validation_images: int, label_noise: float = 0.0) -> Data:
+    """Loads a data set.
+
+    Args:
+      dataset: its name.
+      validation_images: how many of its test images are used, if it has them.
+      label_noise: the part of training labels that are drawn anew, from all classes.
+    """
     spec, arrays = SPECS[dataset], resident.load(SPECS[dataset])
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(spec.num_classes, size=arrays.train.size, dtype=np.int32)
+    wrong = rng.random(arrays.train.size) < label_noise
+    labels = np.where(wrong, drawn, arrays.train.labels)
+    arrays = arrays._replace(train=arrays.train._replace(labels=labels))
     limit = min(validation_images, arrays.test.size)
     limit = limit // VALIDATION_BATCH * VALIDATION_BATCH or arrays.test.size
     size = min(VALIDATION_BATCH, limit)
@@ -88,18 +99,24 @@ def task(
         steps: int | None = None,
         loss: str = loss,
         validation: int = VALIDATION_IMAGES,
+        label_noise: float = 0.0,
+        loss_scale: float = 1.0,
         **changes: Any,
     ) -> Task:
         images, settings = "digits" if budget == "smoke" else dataset, defaults | changes
         spec = SPECS[images]
+        # As far as they are unusual, so that other runs keep their keys.
+        unusual = {"label_noise": label_noise} if label_noise else {}
+        unusual |= {"loss_scale": loss_scale} if loss_scale != 1 else {}
         return Task(
             name,
-            {**settings, "dataset": images, "loss": loss, "validation": validation},
+            {**settings, **unusual, "dataset": images, "loss": loss, "validation": validation},
             lambda rngs: network(spec.image_shape, spec.num_classes, rngs=rngs, **settings),
-            lambda: data(images, validation),
+            lambda: data(images, validation, label_noise),
             LOSSES[loss],
             batch_size,
             steps or lengths[budget],
+            loss_scale,
             convolutional,
         )
 
@@ -116,12 +133,14 @@ class MLP(nnx.Module):
         *,
         depth: int,
         width: int,
+        dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         widths = [math.prod(image_shape)] + [width] * (depth - 1)
-        self.layers = nnx.List(nnx.Linear(d_in, width, rngs=rngs) for d_in in widths[: depth - 1])
-        self.norms = nnx.List(nnx.LayerNorm(width, rngs=rngs) for _ in self.layers)
-        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+        self.layers = nnx.List(nnx.Linear(d_in, width, **options) for d_in in widths[: depth - 1])
+        self.norms = nnx.List(nnx.LayerNorm(width, **options) for _ in self.layers)
+        self.head = nnx.Linear(width, num_classes, **options)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps ``(batch, *image_shape)`` to logits ``(batch, num_classes)``."""

@@ -15,7 +15,7 @@ import agd_jax
 from experiments import __main__ as program
 from experiments import runner, tasks, variants
 from experiments.__main__ import Run, main
-from experiments.figures import FIGURES, paper, runs, spectral, yardstick
+from experiments.figures import FIGURES, paper, robustness, runs, spectral, yardstick
 from experiments.figures.runs import Need
 from experiments.figures.yardstick import Yardstick
 from experiments.optimizers import OPTIMIZERS, VARIANTS, cosine, muon
@@ -118,6 +118,26 @@ def test_a_run_that_diverges_is_a_result():
     assert runs.row([run], rate=0.1) == {"rate": 0.1, "train loss": f"diverged by step {step}"}
 
 
+def test_the_optimiser_alone_sees_the_factor_of_a_loss():
+    def losses(optimizer, **changes):
+        task = tasks.create("fcn", "smoke", steps=3, depth=3, width=16, **changes)
+        programs = runner.compile_programs(task, optimizer)
+        return np.array(runner.run(task, programs, optimizer, [(1e-2, 0)])[0]["train"]["loss"])
+
+    plain, scaled = losses("sgd"), losses("sgd", loss_scale=3.0)
+    assert plain[0] == scaled[0]
+    assert np.all(plain[1:] > scaled[1:])
+    # Adam divides by the size of gradients.
+    np.testing.assert_allclose(losses("adam"), losses("adam", loss_scale=3.0), rtol=1e-4)
+
+
+def test_a_part_of_labels_is_drawn_anew():
+    clean, noisy = (tasks.create("mlp", "smoke", label_noise=p).data().arrays for p in (0.0, 0.5))
+    same = np.mean(np.array(clean["train"].labels) == np.array(noisy["train"].labels))
+    assert same == pytest.approx(0.5 + 0.5 / 10, abs=0.05)
+    np.testing.assert_array_equal(clean["test"].labels, noisy["test"].labels)
+
+
 def test_all_that_determines_a_run_is_in_its_key():
     keys = [
         runner.key_of(tasks.create("fcn", "smoke", **changes), optimizer, rate, seed)
@@ -126,6 +146,9 @@ def test_all_that_determines_a_run_is_in_its_key():
             ({"depth": 3}, "adamw", 0.1, 0),
             ({"batch_size": 3}, "adamw", 0.1, 0),
             ({"steps": 3}, "adamw", 0.1, 0),
+            ({"loss_scale": 3.0}, "adamw", 0.1, 0),
+            ({"label_noise": 0.3}, "adamw", 0.1, 0),
+            ({"dtype": "bfloat16"}, "adamw", 0.1, 0),
             ({}, "adam", 0.1, 0),
             ({}, "adamw", 0.2, 0),
             ({}, "adamw", 0.1, 1),
@@ -354,10 +377,14 @@ def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", ["sizes", "deep", "extremes", "variants", "horizons"])
+@pytest.mark.parametrize(
+    "figure", ["sizes", "deep", "extremes", "variants", "horizons", "robustness"]
+)
 def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Sizes, "depths", (2, 3))
-    monkeypatch.setattr(spectral.Horizons, "optimizers", ("agd_spectral_averaged", "agd"))
+    few = ("agd_spectral_averaged", "agd")
+    for its in (spectral.Horizons, robustness.Robustness):
+        monkeypatch.setattr(its, "optimizers", few)
     main(Run(figure, "smoke", tmp_path))
     assert f"Published: {FIGURES[figure].published}" in capsys.readouterr().out
     assert (tmp_path / f"{figure}-smoke.png").stat().st_size > 10_000
