@@ -44,7 +44,8 @@ def fcn(budget: Budget, epochs: int, *, batch_size: int = 128, **changes: Any) -
 
 def epoch_of(task: Task) -> float:
     """Returns the steps of an epoch."""
-    return IMAGES / task.batch_size
+    images = 1_281_167 if task.settings["dataset"] == "imagenet" else IMAGES
+    return images / task.batch_size
 
 
 class Deep:
@@ -136,7 +137,8 @@ class Breadth:
 
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns a run of each network."""
-        networks = [tasks.create(name, budget) for name in ("resnet18", "vgg16")]
+        names = ("resnet18", "vgg16", "resnet50")[: 3 if budget == "gpu" else 2]
+        networks = (tasks.create(name, budget) for name in names)
         return [Need(task, "agd") for task in (fcn(budget, 200, depth=16, width=512), *networks)]
 
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:

@@ -73,6 +73,7 @@ TASKS = {
     "gpt": "text",
     "resnet18": "images",
     "vgg16": "images",
+    "resnet50": "images",
 }
 Budget = Literal["smoke", "cpu", "gpu"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.tasks import Budget, Data, Task
-from input_pipeline import resident
+from input_pipeline import folders, imagenet, resident
 from input_pipeline.batch import normalise
-from input_pipeline.specs import SPECS
+from input_pipeline.specs import SPECS, DatasetSpec
 from models import create
 from models.fcn import FCN
 from models.layers import conv
@@ -23,6 +24,16 @@ from models.vit import ViT
 from training.step import LOSSES
 
 VALIDATION_IMAGES, VALIDATION_BATCH = 2000, 500
+# Of ImageNet's images, so that a GPU holds all of them: 16 GB.
+IMAGENET_SIDE = 64
+
+
+def spec_of(dataset: str) -> DatasetSpec:
+    """Returns the properties of a data set, as it is used here."""
+    spec = SPECS[dataset]
+    if spec.loader != "imagenet":
+        return spec
+    return dataclasses.replace(spec, image_shape=(IMAGENET_SIDE, IMAGENET_SIDE, 3))
 
 
 @functools.cache
@@ -34,7 +45,11 @@ def data(dataset: str, validation_images: int, label_noise: float = 0.0) -> Data
       validation_images: how many of its test images are used, if it has them.
       label_noise: the part of training labels that are drawn anew, from all classes.
     """
-    spec, arrays = SPECS[dataset], resident.load(SPECS[dataset])
+    spec = spec_of(dataset)
+    if spec.loader == "imagenet":
+        arrays = folders.decoded(spec, imagenet.find(spec))
+    else:
+        arrays = resident.load(spec)
     rng = np.random.default_rng(0)
     drawn = rng.integers(spec.num_classes, size=arrays.train.size, dtype=np.int32)
     wrong = rng.random(arrays.train.size) < label_noise
@@ -104,10 +119,11 @@ def task(
         **changes: Any,
     ) -> Task:
         images, settings = "digits" if budget == "smoke" else dataset, defaults | changes
-        spec = SPECS[images]
+        spec = spec_of(images)
         # As far as they are unusual, so that other runs keep their keys.
-        unusual = {"label_noise": label_noise} if label_noise else {}
+        unusual: dict[str, Any] = {"label_noise": label_noise} if label_noise else {}
         unusual |= {"loss_scale": loss_scale} if loss_scale != 1 else {}
+        unusual |= {"image_size": IMAGENET_SIDE} if images == "imagenet" else {}
         return Task(
             name,
             {**settings, **unusual, "dataset": images, "loss": loss, "validation": validation},
@@ -254,16 +270,20 @@ vit = task(
     depth=4,
     width=96,
 )
-# The paper's convolutional networks.
-resnet18, vgg16 = (
+# The paper's convolutional networks. Its ImageNet is of 224 pixels.
+resnet18, vgg16, resnet50 = (
     task(
         name,
         functools.partial(paper_network, name),
-        "mse",
-        batch_size=128,
-        lengths={"smoke": 2, "cpu": 390, "gpu": 78_000},
+        loss,
+        batch_size=batch_size,
+        lengths={"smoke": 2, "cpu": 390, "gpu": steps},
         dataset=dataset,
         convolutional=True,
     )
-    for name, dataset in (("resnet18", "cifar10"), ("vgg16", "cifar100"))
+    for name, dataset, loss, batch_size, steps in (
+        ("resnet18", "cifar10", "mse", 128, 78_000),
+        ("vgg16", "cifar100", "mse", 128, 78_000),
+        ("resnet50", "imagenet", "xent", 1024, 112_500),
+    )
 )
