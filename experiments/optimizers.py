@@ -210,6 +210,7 @@ VARIANTS = {
     "v_mass_thirtieth": library(mass=1 / 30),
     "v_half": library(gain=0.5),
     "v_twice": library(gain=2.0),
+    "v_momentum_8": library(momentum=0.8),
     "v_momentum_9": library(momentum=0.9),
     "v_momentum_98": library(momentum=0.98),
     "v_free": variant(growth="free"),

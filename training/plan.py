@@ -46,11 +46,16 @@ class Plan(NamedTuple):
     @property
     def train_step(self) -> TrainStep:
         """A training step, as a function of the state and a batch alone."""
+        tx = self.tx
+        if self.config.norm == "spectral":
+            # It is to know how gradients are split, which only an explicit mesh says.
+            specs = jax.tree.map(lambda sharding: sharding.spec, self.shardings)
+            split = (specs.params, specs.opt_state, specs.params)
+            tx = tx._replace(update=jax.sharding.explicit_axes(tx.update, in_sharding=split))
 
         def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
-            # Over which spectral AGD shares out its matrices.
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return step.train_step(self.graphdef, self.tx, self._loss, state, batch)
+                return step.train_step(self.graphdef, tx, self._loss, state, batch)
 
         return train_step
 
