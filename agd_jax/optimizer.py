@@ -25,7 +25,7 @@ Norm = Literal["frobenius", "spectral"]
 # in the first steps of a deep one; those wait for a while, for next to nothing is lost by it.
 ROUNDING_UNITS = 64
 # That of the spectral form.
-MOMENTUM = 0.95
+MOMENTUM = 0.9
 
 
 class AgdState(NamedTuple):
@@ -129,7 +129,7 @@ def agd(
     norm itself, and goes by the running mean of gradients:
 
     .. math::
-      m_k &\leftarrow 0.95 \, m_k + 0.05 \, g_k \\
+      m_k &\leftarrow 0.9 \, m_k + 0.1 \, g_k \\
       W_k &\leftarrow W_k - \mathrm{gain} \, \frac{\eta}{L} \, s_k \sqrt{n_k} \, U V^T,
         \qquad m_k = U \Sigma V^T,
 
@@ -174,7 +174,7 @@ def agd(
         before count taps, as in Flax's dense and convolution kernels.
       norm: ``"frobenius"``, as in the paper, or ``"spectral"``.
       momentum: the decay of the running mean of gradients, at least 0 and less than 1; by default
-        0, without a mean, for the Frobenius norm, and 0.95 for the spectral one.
+        0, without a mean, for the Frobenius norm, and 0.9 for the spectral one.
       gain: multiplies every update. The method has no such number; 10 is an experiment some
         like to make.
 

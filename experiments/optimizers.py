@@ -167,8 +167,8 @@ OPTIMIZERS = {
     "agd_own_start": of_agd(start="flax"),
     "agd_averaged": of_agd(average=True),
     "agd_momentum": of_agd(momentum=0.95, average=True),
-    "agd_spectral": of_agd(norm="spectral"),
-    "agd_spectral_averaged": of_agd(norm="spectral", average=True),
+    "agd_spectral": of_agd(norm="spectral", momentum=0.9),
+    "agd_spectral_averaged": of_agd(norm="spectral", momentum=0.9, average=True),
     "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "adam": Optimizer(constant(optax.adam), rates=ADAM),
     "adamw": Optimizer(constant(optax.adamw), {"weight_decay": 1e-4}, ADAM),
@@ -201,17 +201,18 @@ OPTIMIZERS = {
     "mechanic": Optimizer(without_rate(lambda: contrib.mechanize(optax.adamw(1.0)))),
 }
 
-library = functools.partial(of_agd, norm="spectral", average=True)
-variant = functools.partial(of_agd, variants.spectral)
-between = functools.partial(of_agd, variants.between)
+# What was tried, before the momentum was chosen.
+library = functools.partial(of_agd, norm="spectral", momentum=0.95, average=True)
+variant = functools.partial(of_agd, variants.spectral, momentum=0.95)
+between = functools.partial(of_agd, variants.between, momentum=0.95)
 VARIANTS = {
+    "v_momentum_95": library(),
     "v_mass_one": library(mass=1.0),
     "v_mass_third": library(mass=1 / 3),
     "v_mass_thirtieth": library(mass=1 / 30),
     "v_half": library(gain=0.5),
     "v_twice": library(gain=2.0),
     "v_momentum_8": library(momentum=0.8),
-    "v_momentum_9": library(momentum=0.9),
     "v_momentum_98": library(momentum=0.98),
     "v_free": variant(growth="free"),
     "v_never": variant(growth="never"),

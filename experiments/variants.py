@@ -39,6 +39,7 @@ def spectral(
     revision: int,
     geometry: agd_jax.Geometry,
     *,
+    momentum: float = MOMENTUM,
     growth: Literal["slow", "free", "never"] = "slow",
     tables: float = 1.0,
     ends: float = 1.0,
@@ -53,6 +54,7 @@ def spectral(
     Args:
       revision: for the key of a run alone.
       geometry: how parameters are used.
+      momentum: the decay of the running mean of gradients.
       growth: whether G grows no faster than the number of steps, freely, or never.
       tables: a factor for the steps of lookups.
       ends: a factor for the steps of the last matrix.
@@ -83,7 +85,7 @@ def spectral(
     def update(grads: Any, state: State, params: Any) -> tuple[Any, State]:
         before = MomentumState(*state[:4])
         layouts = layouts_of(grads, geometry)
-        ahead, steps, mean = averaged_gradients(layouts, grads, before, MOMENTUM)
+        ahead, steps, mean = averaged_gradients(layouts, grads, before, momentum)
         t = steps.astype(jnp.float32)
         norms = jax.tree.map(Layout.norms, layouts, ahead)
         duals = jax.tree.map(Layout.dual_norm, layouts, norms)
@@ -148,7 +150,7 @@ class BetweenState(NamedTuple):
 
 
 def between(
-    revision: int, geometry: agd_jax.Geometry, power: float
+    revision: int, geometry: agd_jax.Geometry, power: float, momentum: float
 ) -> optax.GradientTransformation:
     """Returns spectral AGD whose gradient is taken between the iterate and the average.
 
@@ -159,8 +161,9 @@ def between(
       revision: for the key of a run alone.
       geometry: how parameters are used.
       power: how soon it is the average.
+      momentum: as of :func:`spectral`.
     """
-    tx = agd_jax.averaged(agd_jax.agd(geometry=geometry, norm="spectral"))
+    tx = agd_jax.averaged(agd_jax.agd(geometry=geometry, norm="spectral", momentum=momentum))
 
     def init(params: Any) -> BetweenState:
         return BetweenState(jax.tree.map(jnp.array, params), tx.init(params))

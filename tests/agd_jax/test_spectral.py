@@ -13,7 +13,7 @@ import agd_jax
 from agd_jax.geometry import Layout
 from agd_jax.spectral import polar_factor
 
-MOMENTUM = 0.95
+MOMENTUM = 0.9
 
 
 def normal(seed, *shape):
