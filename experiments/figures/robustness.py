@@ -133,6 +133,8 @@ class Robustness:
                 axes.plot(list(found), list(found.values()), "o-", color=colour, label=label)
             if sweep.setting not in ("label_noise", "dtype"):
                 axes.set_xscale("log")
+                axes.set_xticks(sweep.values, [f"{value:g}" for value in sweep.values])
+                axes.minorticks_off()
             axes.set(title=sweep.task, xlabel=sweep.title, ylabel="final validation loss")
         legend(canvas)
         return canvas
