@@ -12,6 +12,7 @@ import optax
 from optax import contrib
 
 import agd_jax
+from agd_jax.optimizer import MOMENTUM
 from experiments import variants
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -167,8 +168,9 @@ OPTIMIZERS = {
     "agd_own_start": of_agd(start="flax"),
     "agd_averaged": of_agd(average=True),
     "agd_momentum": of_agd(momentum=0.95, average=True),
-    "agd_spectral": of_agd(norm="spectral", momentum=0.9),
-    "agd_spectral_averaged": of_agd(norm="spectral", momentum=0.9, average=True),
+    # The default, in the key too, so that another one has the runs taken again.
+    "agd_spectral": of_agd(norm="spectral", momentum=MOMENTUM),
+    "agd_spectral_averaged": of_agd(norm="spectral", momentum=MOMENTUM, average=True),
     "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
     "adam": Optimizer(constant(optax.adam), rates=ADAM),
     "adamw": Optimizer(constant(optax.adamw), {"weight_decay": 1e-4}, ADAM),
