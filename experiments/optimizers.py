@@ -157,8 +157,8 @@ def of_agd(make: Callable[..., Any] = agd, **settings: Any) -> Optimizer:
     )
 
 
-ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
-MUON = (3e-3, 1e-2, 3e-2, 1e-1)
+ADAM = (3e-4, 1e-3, 3e-3)
+MUON = (3e-3, 1e-2, 3e-2)
 
 OPTIMIZERS = {
     "agd": of_agd(),
@@ -171,7 +171,7 @@ OPTIMIZERS = {
     # The default, in the key too, so that another one has the runs taken again.
     "agd_spectral": of_agd(norm="spectral", momentum=MOMENTUM),
     "agd_spectral_averaged": of_agd(norm="spectral", momentum=MOMENTUM, average=True),
-    "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "sgd": Optimizer(constant(optax.sgd), {"momentum": 0.9}, (3e-3, 1e-2, 3e-2)),
     "adam": Optimizer(constant(optax.adam), rates=ADAM),
     "adamw": Optimizer(constant(optax.adamw), {"weight_decay": 1e-4}, ADAM),
     "adamw_cosine": Optimizer(
