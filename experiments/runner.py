@@ -313,7 +313,6 @@ def _append(columns: dict[str, list[float]], step: int, found: dict[str, Any], r
     """Appends what was found of one of several runs to the columns that it has."""
     columns["step"].append(step)
     for column in columns.keys() - {"step"}:
-        # More digits say nothing.
         columns[column].append(_short(float(found[column][run])))
 
 
