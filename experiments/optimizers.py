@@ -167,7 +167,6 @@ OPTIMIZERS = {
     "agd_mass_one": of_agd(mass=1.0),
     "agd_own_start": of_agd(start="flax"),
     "agd_averaged": of_agd(average=True),
-    "agd_momentum": of_agd(momentum=0.95, average=True),
     # The default, in the key too, so that another one has the runs taken again.
     "agd_spectral": of_agd(norm="spectral", momentum=MOMENTUM),
     "agd_spectral_averaged": of_agd(norm="spectral", momentum=MOMENTUM, average=True),
@@ -209,6 +208,7 @@ variant = functools.partial(of_agd, variants.spectral, momentum=0.95)
 between = functools.partial(of_agd, variants.between, momentum=0.95)
 VARIANTS = {
     "v_momentum_95": library(),
+    "v_frobenius": library(norm="frobenius"),
     "v_mass_one": library(mass=1.0),
     "v_mass_third": library(mass=1 / 3),
     "v_mass_thirtieth": library(mass=1 / 30),

@@ -28,7 +28,6 @@ COLOURS = {
     "agd_mass_one": "#bcbd22",
     "agd_own_start": "#fc9272",
     "agd_averaged": "#e7969c",
-    "agd_momentum": "#ad494a",
     "agd_spectral": "#e6ab02",
     "agd_spectral_averaged": "#000000",
     "sgd": "#7f7f7f",
