@@ -187,7 +187,8 @@ class Yardstick:
             target = self.target(task, runs)
             if math.isfinite(target):
                 axes.axhline(target, color=COLOURS[self.reference], linewidth=0.8, linestyle=":")
-                axes.set_ylim(0.75 * target, 1.8 * target)
+                lowest = min(final(run) for those in found(task) for run in those)
+                axes.set_ylim(0.95 * lowest, 1.5 * target)
         return canvas
 
 
