@@ -178,16 +178,16 @@ class Yardstick:
     def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
         """Draws the validation losses of all optimisers against steps, a panel for each task."""
         its = {task.name: task for task in self.tasks(budget)}
-
-        def found(task: Task) -> list[list[Run]]:
-            return [best_runs(task, name, SEEDS, runs) for name in self.optimizers]
-
-        canvas, panels = losses_of_tasks(its, found, "validation")
+        found = {
+            title: [best_runs(task, name, SEEDS, runs) for name in self.optimizers]
+            for title, task in its.items()
+        }
+        canvas, panels = losses_of_tasks(its, lambda task: found[task.name], "validation")
         for task, axes in zip(its.values(), panels, strict=True):
             target = self.target(task, runs)
             if math.isfinite(target):
                 axes.axhline(target, color=COLOURS[self.reference], linewidth=0.8, linestyle=":")
-                lowest = min(final(run) for those in found(task) for run in those)
+                lowest = min(final(run) for those in found[task.name] for run in those)
                 axes.set_ylim(0.95 * lowest, 1.5 * target)
         return canvas
 
