@@ -42,6 +42,8 @@ COLOURS = {
     "dowg": "#8c564b",
     "mechanic": "#e377c2",
 }
+# Those that all others are compared with: their curves are thick, and on top.
+MAIN = ("agd", "agd_spectral_averaged", "adamw_cosine", "muon_cosine")
 
 
 def five_tasks(budget: Budget) -> list[Task]:
@@ -156,7 +158,10 @@ def table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def picture(panels: int, width: float = 4.5, height: float = 4) -> tuple[Picture, list[Axes]]:
-    """Returns a picture with panels side by side, more than four in rows of three."""
+    """Returns a picture with panels side by side, more than four in rows of three.
+
+    A cell that is left over is for the legend.
+    """
     from matplotlib.figure import Figure as Picture
 
     columns = 3 if panels > 4 else panels
@@ -164,7 +169,7 @@ def picture(panels: int, width: float = 4.5, height: float = 4) -> tuple[Picture
     canvas = Picture(figsize=(width * columns, height * rows), layout="constrained")
     cells = canvas.subplots(rows, columns, squeeze=False).ravel()
     for cell in cells[panels:]:
-        cell.remove()
+        cell.set_axis_off()
     axes = list(cells[:panels])
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
@@ -201,7 +206,8 @@ def curve(
     style = {
         "color": COLOURS[optimizer],
         "label": optimizer.replace("_", " ") + diverged,
-        "linewidth": 2 if optimizer == "agd" else 1.3,
+        "linewidth": 2.2 if optimizer in MAIN else 1.2,
+        "zorder": 3 if optimizer in MAIN else 2,
     } | style
     axes.plot(x, [statistics.fmean(values) for values in zip(*columns, strict=True)], **style)
     if len(found) > 1:
@@ -230,12 +236,15 @@ def losses_of_tasks(
 
 
 def legend(canvas: Picture) -> None:
-    """Writes the names of all curves once, below the panels."""
+    """Writes the names of all curves once, in a cell without a panel or below all."""
     entries = {
         label: handle
         for axes in canvas.axes
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    columns = min(6, len(entries) or 1)
     handles, labels = list(entries.values()), list(entries)
+    if free := [axes for axes in canvas.axes if not axes.axison]:
+        free[0].legend(handles, labels, loc="center", frameon=False)
+        return
+    columns = min(6, len(entries) or 1)
     canvas.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

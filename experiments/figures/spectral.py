@@ -12,7 +12,9 @@ from experiments.figures.runs import (
     best_runs,
     final,
     five_tasks,
+    legend,
     losses_of_tasks,
+    picture,
     row,
     table,
     there,
@@ -33,58 +35,70 @@ class Variants:
     """Spectral AGD with averaged weights and a momentum of 0.95, one thing changed at a time."""
 
     published = "Nothing: this is our own comparison."
+    # The form as it was when variants were tried, by whose losses theirs are divided.
+    reference = "v_momentum_95"
 
-    def tasks(self, budget: Budget) -> dict[str, Task]:
-        """Returns the five tasks, and deeper ones, by what is said of them."""
-        five = {task.name: task for task in five_tasks(budget)}
-        if budget == "smoke":
-            return {"fcn": five["fcn"]}
-        deep = {
-            "fcn, 32 layers": tasks.create("fcn", budget, depth=32),
-            "gpt, 12 blocks": tasks.create("gpt", budget, depth=12, width=64),
-        }
-        return five | deep
+    def tasks(self, budget: Budget) -> list[Task]:
+        """Returns the five tasks."""
+        return five_tasks(budget)[: 1 if budget == "smoke" else None]
 
     def variants(self, budget: Budget) -> list[str]:
-        """Returns spectral AGD as it is, as it was when variants were tried first, and these."""
+        """Returns spectral AGD as it is, the reference, and these."""
         return [BASE, *VARIANTS][: 2 if budget == "smoke" else None]
 
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns a run of each variant on each task."""
-        return [
-            Need(task, name)
+        return [Need(task, name) for name in self.variants(budget) for task in self.tasks(budget)]
+
+    def losses(self, budget: Budget, runs: dict[str, Run]) -> dict[str, dict[str, float]]:
+        """Returns the validation losses that are there, by variant and task."""
+        return {
+            name: {
+                task.name: final(run)
+                for task in self.tasks(budget)
+                for run in there([Need(task, name)], runs)
+            }
             for name in self.variants(budget)
-            for task in self.tasks(budget).values()
-        ]
+        }
 
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
-        """Returns the validation losses, and their geometric means over those of the first form."""
-        its = self.tasks(budget)
-
-        def loss(task: Task, name: str) -> float | None:
-            found = there([Need(task, name)], runs)
-            return final(found[0]) if found else None
-
-        rows: list[dict[str, Any]] = []
-        for name in self.variants(budget):
-            losses = {title: loss(task, name) for title, task in its.items()}
-            fields: dict[str, Any] = {"variant": name.removeprefix("v_")}
-            fields |= {title: f"{value:.4f}" for title, value in losses.items() if value}
-            base = {title: loss(task, "v_momentum_95") for title, task in its.items()}
-            for column, titles in (("mean of five", list(its)[:5]), ("mean of all", list(its))):
-                if all(losses[title] and base[title] for title in titles):
-                    ratios = [(losses[title] or 0) / (base[title] or 1) for title in titles]
-                    fields[column] = f"{statistics.geometric_mean(ratios):.3f}"
+        """Returns the validation losses, and their geometric means over those of the reference."""
+        losses, rows = self.losses(budget, runs), []
+        reference = losses[self.reference]
+        for name, its in losses.items():
+            fields = {"variant": name.removeprefix("v_")}
+            fields |= {task: f"{loss:.4f}" for task, loss in its.items()}
+            if its.keys() == reference.keys() == {task.name for task in self.tasks(budget)}:
+                mean = statistics.geometric_mean(its[task] / reference[task] for task in its)
+                fields["mean of all"] = f"{mean:.3f}"
             rows.append(fields)
         return [table(rows)]
 
     def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
-        """Draws the validation losses of spectral AGD, a panel for each task."""
+        """Draws a line for each variant, with its losses over those of the reference."""
+        import matplotlib as mpl
 
-        def found(task: Task) -> list[list[Run]]:
-            return [there([Need(task, BASE)], runs)]
-
-        return losses_of_tasks(self.tasks(budget), found, "validation")[0]
+        canvas, (axes,) = picture(1, 9, 6)
+        losses = self.losses(budget, runs)
+        for number, task in enumerate(self.tasks(budget)):
+            reference = losses[self.reference].get(task.name)
+            ratios = {
+                line: its[task.name] / reference
+                for line, its in enumerate(losses.values())
+                if reference and task.name in its
+            }
+            style: dict[str, Any] = {"marker": "os^Dv"[number], "label": task.name, "zorder": 3}
+            style["color"] = mpl.colormaps["Dark2"](number)
+            axes.scatter(list(ratios.values()), list(ratios), **style)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(losses)), [name.removeprefix("v_") for name in losses])
+        axes.invert_yaxis()
+        axes.set(xlabel="final validation loss, over that with a momentum of 0.95", xscale="log")
+        ticks = (0.9, 1, 1.1, 1.2, 1.3, 1.5)
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        legend(canvas)
+        return canvas
 
 
 class Horizons:
