@@ -47,6 +47,9 @@ def parse(flags: type[T], program: str | None = None) -> T:
         if end.code:
             complain(f"error: {_in_one_line(said.getvalue())}")
         raise
+    except BrokenPipeError:  # Nobody read the help to its end.
+        silence()
+        sys.exit()
 
 
 def _in_one_line(box: str) -> str:

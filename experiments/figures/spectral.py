@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -80,14 +81,15 @@ class Variants:
 
         canvas, (axes,) = picture(1, 9, 6)
         losses = self.losses(budget, runs)
-        for number, task in enumerate(self.tasks(budget)):
+        markers = itertools.cycle("os^Dv")
+        for number, (task, marker) in enumerate(zip(self.tasks(budget), markers, strict=False)):
             reference = losses[self.reference].get(task.name)
             ratios = {
                 line: its[task.name] / reference
                 for line, its in enumerate(losses.values())
                 if reference and task.name in its
             }
-            style: dict[str, Any] = {"marker": "os^Dv"[number], "label": task.name, "zorder": 3}
+            style: dict[str, Any] = {"marker": marker, "label": task.name, "zorder": 3}
             style["color"] = mpl.colormaps["Dark2"](number)
             axes.scatter(list(ratios.values()), list(ratios), **style)
         axes.axvline(1, color="black", linewidth=0.8)

@@ -44,7 +44,7 @@ class Task:
       settings: all else that determines it, as JSON values; part of the key of each run.
       network: makes the network, with Flax's own starting weights.
       data: loads the data.
-      loss: ``(logits, targets)`` to the loss of each prediction.
+      loss: ``(logits, targets)`` to the loss of each prediction, where targets are class numbers.
       batch_size: examples per step.
       steps: the length of a run.
       loss_scale: a factor of the loss that the optimiser sees, and no record.

@@ -15,6 +15,9 @@ from experiments.figures.yardstick import Yardstick
 from experiments.optimizers import OPTIMIZERS, VARIANTS
 from experiments.store import Store
 
+# Figures whose smoke runs are short.
+SMALL = ("sizes", "deep", "extremes", "variants", "horizons", "robustness")
+
 
 def fake(need, losses, **fields):
     """A finished run of these losses, a step apart."""
@@ -159,9 +162,7 @@ def test_two_commands_share_the_work(tmp_path, monkeypatch, few):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "figure", ["sizes", "deep", "extremes", "variants", "horizons", "robustness"]
-)
+@pytest.mark.parametrize("figure", SMALL)
 def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Sizes, "depths", (2, 3))
     few = ("agd_spectral_averaged", "agd")
@@ -173,7 +174,7 @@ def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", ["tuned", "batches", "rates", "breadth", "gpt"])
+@pytest.mark.parametrize("figure", sorted(FIGURES.keys() - {*SMALL, "yardstick", "resnet"}))
 def test_a_figure_with_larger_runs_is_drawn_too(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Rates, "rates", paper.Rates.rates[4:6])
     main(Run(figure, "smoke", tmp_path))
@@ -187,6 +188,6 @@ def test_a_figure_is_shown_before_there_are_runs(figure, tmp_path, capsys):
 
 
 def test_every_optimiser_has_a_colour_of_its_own():
-    # Variants are in tables alone.
+    # Variants are drawn in the colours of tasks.
     assert runs.COLOURS.keys() == OPTIMIZERS.keys() - VARIANTS.keys()
     assert len(set(runs.COLOURS.values())) == len(runs.COLOURS)

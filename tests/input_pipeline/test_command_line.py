@@ -1,5 +1,6 @@
 import contextlib
 import io
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -41,3 +42,12 @@ def test_text_is_read_in_silence_or_refused_in_one_line(flag, text):
             ended = end.code
     lines = err.getvalue().splitlines()
     assert (ended, len(lines), out.getvalue()) in [(None, 0, ""), (2, 1, "")]
+
+
+def test_help_that_nobody_reads_ends_in_silence():
+    command = [sys.executable, "-m", "input_pipeline.prepare", "--help"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

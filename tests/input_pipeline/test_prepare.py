@@ -131,8 +131,8 @@ def test_a_download_that_breaks_off_is_one_line(served, tmp_path):
 
 
 def test_what_tfds_alone_can_prepare_is_one_line(tmp_path):
-    spec = dataclasses.replace(SPECS["mnist"], name="fashion", tfds_name="fashion_mnist")
-    with pytest.raises(DataError, match=r"^--dataset fashion: .*`tfds build fashion_mnist --data_"):
+    spec = dataclasses.replace(SPECS["mnist"], name="letters", tfds_name="emnist")
+    with pytest.raises(DataError, match=r"^--dataset letters: .*`tfds build emnist --data_dir"):
         resident.load(spec, tmp_path)
 
 

@@ -23,7 +23,7 @@ from training.errors import ConfigError
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dataset": "svhn"}, r"--dataset svhn: unknown; choose from digits, mnist, cifar10"),
+        ({"dataset": "none"}, r"--dataset none: unknown; choose from digits, mnist, "),
         (
             {"dataset": "synthetic_imagenet", "workers": 3},
             r"--workers 3: is for imagenet, image_folder, not for synthetic_imagenet",
