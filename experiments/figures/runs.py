@@ -76,6 +76,12 @@ def final(run: Run, part: str = "validation") -> float:
     return math.inf if run["diverged"] or math.isnan(loss) else loss
 
 
+def first(run: Run, target: float) -> int | None:
+    """Returns the first step at which a run is at or below a validation loss, if there is one."""
+    points = zip(run["validation"]["step"], run["validation"]["loss"], strict=True)
+    return next((step for step, loss in points if loss <= target), None)
+
+
 def tuned(
     task: Task, optimizer: str, seeds: Sequence[int], runs: dict[str, Run], part: str = "validation"
 ) -> list[Need]:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import tasks
 from experiments.figures.runs import (
+    COLOURS,
     Need,
     Run,
     best_runs,
     final,
+    first,
     five_tasks,
     legend,
     losses_of_tasks,
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure as Picture
 
-SEEDS = (0, 1, 2)
 BASE = "agd_spectral_averaged"
+SEEDS = (0,)
 
 
 class Variants:
@@ -104,48 +106,67 @@ class Variants:
 
 
 class Horizons:
-    """Runs of half and of four times the usual length, with nothing set anew."""
+    """Runs of half, once and four times the usual length, with nothing set anew."""
 
     published = "Nothing: this is our own comparison."
-    optimizers = (BASE, "agd_spectral", "agd", "adamw_cosine", "muon_cosine", "schedule_free_adamw")
+    optimizers = (BASE, "adamw_cosine")
 
-    def tasks(self, budget: Budget) -> dict[str, Task]:
-        """Returns the tasks at other lengths, by what is said of them."""
+    def tasks(self, budget: Budget) -> dict[str, list[Task]]:
+        """Returns each of the five tasks at these lengths, by its name."""
         return {
-            f"{task.name}, {round(factor * task.steps):,} steps": tasks.create(
-                task.name, budget, steps=round(factor * task.steps)
-            )
+            task.name: [
+                tasks.create(task.name, budget, steps=round(factor * task.steps))
+                for factor in (0.5, 1, 4)
+            ]
             for task in five_tasks(budget)[: 1 if budget == "smoke" else None]
-            for factor in (0.5, 4)
         }
 
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
-        """Returns the grid of each optimiser for each length, and three seeds of its best rate."""
+        """Returns the grid of each optimiser for each length, with one seed."""
         return [
             need
+            for its in self.tasks(budget).values()
+            for task in its
             for name in self.optimizers
-            for task in self.tasks(budget).values()
             for need in tuned(task, name, SEEDS, runs)
         ]
 
+    def best(self, task: Task, optimizer: str, runs: dict[str, Run]) -> list[Run]:
+        """Returns the run of the best rate of a whole grid, or none."""
+        whole = all(need.name in runs for need in tuned(task, optimizer, SEEDS, runs))
+        return best_runs(task, optimizer, SEEDS, runs) if whole else []
+
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
-        """Returns the results of each optimiser at its best rate."""
-        return [
-            table(
-                row(found, task=title, optimiser=name, rate=f"{found[0]['key']['rate']:g}")
-                for title, task in self.tasks(budget).items()
-                for name in self.optimizers
-                if (found := best_runs(task, name, SEEDS, runs))
-            )
-        ]
+        """Returns the losses, and after what part of its steps spectral AGD is where AdamW ends."""
+        rows = []
+        for task in itertools.chain.from_iterable(self.tasks(budget).values()):
+            found = {name: self.best(task, name, runs) for name in self.optimizers}
+            fields = {"task": task.name, "steps": f"{task.steps:,}"}
+            fields |= {name: f"{final(those[0]):.4f}" for name, those in found.items() if those}
+            if all(found.values()):
+                [run], [reference] = found.values()
+                target = final(reference)
+                fields["rate"] = f"{reference['key']['rate']:g}"
+                fields["ratio"] = f"{final(run) / target:.3f}"
+                if step := first(run, target):
+                    fields["where AdamW ends, after"] = f"{step / task.steps:.0%}"
+            rows.append(fields)
+        return [table(rows)]
 
     def draw(self, budget: Budget, runs: dict[str, Run]) -> Picture:
-        """Draws the validation losses, a panel for each task and length."""
-
-        def found(task: Task) -> list[list[Run]]:
-            return [best_runs(task, name, SEEDS, runs) for name in self.optimizers]
-
-        return losses_of_tasks(self.tasks(budget), found, "validation")[0]
+        """Draws the final validation losses against the length of the run."""
+        its = self.tasks(budget)
+        canvas, panels = picture(len(its))
+        for axes, (title, lengths) in zip(panels, its.items(), strict=True):
+            for name in self.optimizers:
+                found = {t.steps: final(r) for t in lengths for r in self.best(t, name, runs)}
+                style: dict[str, Any] = {"color": COLOURS[name], "label": name.replace("_", " ")}
+                axes.plot(list(found), list(found.values()), "o-", **style)
+            axes.set(title=title, xlabel="steps", ylabel="final validation loss", xscale="log")
+            axes.set_xticks([t.steps for t in lengths], [f"{t.steps:,}" for t in lengths])
+            axes.minorticks_off()
+        legend(canvas)
+        return canvas
 
 
 class ResNet:

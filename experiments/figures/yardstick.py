@@ -15,6 +15,7 @@ from experiments.figures.runs import (
     best_runs,
     curve,
     final,
+    first,
     five_tasks,
     legend,
     losses_of_tasks,
@@ -190,9 +191,3 @@ class Yardstick:
                 lowest = min(final(run) for those in found[task.name] for run in those)
                 axes.set_ylim(0.95 * lowest, 1.5 * target)
         return canvas
-
-
-def first(run: Run, target: float) -> int | None:
-    """Returns the first step at which a run is at or below a validation loss, if there is one."""
-    points = zip(run["validation"]["step"], run["validation"]["loss"], strict=True)
-    return next((step for step, loss in points if loss <= target), None)
