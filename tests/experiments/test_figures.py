@@ -9,7 +9,7 @@ import pytest
 from experiments import __main__ as program
 from experiments import runner, tasks
 from experiments.__main__ import Run, main
-from experiments.figures import FIGURES, paper, robustness, runs, spectral, yardstick
+from experiments.figures import FIGURES, agd, paper, robustness, runs, spectral, yardstick
 from experiments.figures.runs import Need
 from experiments.figures.yardstick import Yardstick
 from experiments.optimizers import OPTIMIZERS, VARIANTS
@@ -17,6 +17,8 @@ from experiments.store import Store
 
 # Figures whose smoke runs are short.
 SMALL = ("sizes", "deep", "extremes", "variants", "horizons", "robustness")
+# Those whose smoke runs take minutes; the first has tests of its own.
+LONG = ("yardstick", "resnet")
 
 
 def fake(need, losses, **fields):
@@ -174,9 +176,10 @@ def test_a_figure_is_drawn_from_its_runs(figure, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", sorted(FIGURES.keys() - {*SMALL, "yardstick", "resnet"}))
+@pytest.mark.parametrize("figure", sorted(FIGURES.keys() - {*SMALL, *LONG}))
 def test_a_figure_with_larger_runs_is_drawn_too(figure, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(paper.Rates, "rates", paper.Rates.rates[4:6])
+    monkeypatch.setattr(agd, "five_tasks", lambda budget: runs.five_tasks(budget)[:1])
     main(Run(figure, "smoke", tmp_path))
     assert f"Published: {FIGURES[figure].published}" in capsys.readouterr().out
 
