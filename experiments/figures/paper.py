@@ -137,7 +137,7 @@ class Breadth:
 
     def needs(self, budget: Budget, runs: dict[str, Run]) -> list[Need]:
         """Returns a run of each network."""
-        names = ("resnet18", "vgg16", "resnet50")[: {"smoke": 1, "cpu": 2, "gpu": 3}[budget]]
+        names = ("resnet18", "vgg16", "resnet50")[: 3 if budget == "gpu" else 2]
         networks = (tasks.create(name, budget) for name in names)
         return [Need(task, "agd") for task in (fcn(budget, 200, depth=16, width=512), *networks)]
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from input_pipeline.specs import SPECS
 from models import ARCHITECTURES
 from training.config import (
     ARCHS,
@@ -23,7 +24,7 @@ from training.errors import ConfigError
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dataset": "none"}, r"--dataset none: unknown; choose from digits, mnist, "),
+        ({"dataset": "none"}, rf"--dataset none: unknown; choose from {', '.join(SPECS)}$"),
         (
             {"dataset": "synthetic_imagenet", "workers": 3},
             r"--workers 3: is for imagenet, image_folder, not for synthetic_imagenet",
