@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import tasks
 from experiments.figures.runs import (
-    COLOURS,
     Need,
     Run,
-    best_runs,
+    best_of_grid,
     final,
+    final_losses,
     legend,
+    log_axis,
     picture,
     row,
     table,
@@ -87,10 +88,10 @@ class Robustness:
         self, budget: Budget, sweep: Sweep, optimizer: str, runs: dict[str, Run]
     ) -> dict[float | str, Need]:
         """Returns the run of an optimiser for each value, once its rate is known."""
-        if any(need.name not in runs for need in self.grid(budget, sweep.task, optimizer, runs)):
+        best = best_of_grid(self.task(budget, sweep.task), optimizer, runs)
+        if best is None:
             return {}
-        best = best_runs(self.task(budget, sweep.task), optimizer, (0,), runs)
-        rate = best[0]["key"]["rate"]
+        rate = best["key"]["rate"]
         return {
             value: Need(
                 self.task(budget, sweep.task, **{sweep.setting: value}, **sweep.others),
@@ -129,12 +130,9 @@ class Robustness:
             for optimizer in self.optimizers:
                 needs = self.of_sweep(budget, sweep, optimizer, runs)
                 found = {v: final(run) for v, n in needs.items() for run in there([n], runs)}
-                colour, label = COLOURS[optimizer], optimizer.replace("_", " ")
-                axes.plot(list(found), list(found.values()), "o-", color=colour, label=label)
+                final_losses(axes, optimizer, found)
             if sweep.setting not in ("label_noise", "dtype"):
-                axes.set_xscale("log")
-                axes.set_xticks(sweep.values, [f"{value:g}" for value in sweep.values])
-                axes.minorticks_off()
-            axes.set(title=sweep.task, xlabel=sweep.title, ylabel="final validation loss")
+                log_axis(axes, sweep.values)
+            axes.set(title=sweep.task, xlabel=sweep.title)
         legend(canvas)
         return canvas

@@ -127,6 +127,14 @@ def best_runs(
     return [runs[need.name] for need in needs if need.rate == rate]
 
 
+def best_of_grid(task: Task, optimizer: str, runs: dict[str, Run]) -> Run | None:
+    """Returns the run of seed 0 at the best rate, None until its whole grid is there."""
+    needs = tuned(task, optimizer, (0,), runs)
+    if any(need.name not in runs for need in needs):
+        return None
+    return min((runs[need.name] for need in needs), key=final)
+
+
 def there(needs: Iterable[Need], runs: dict[str, Run]) -> list[Run]:
     """Returns the runs that are there."""
     return [runs[need.name] for need in needs if need.name in runs]
@@ -219,6 +227,20 @@ def curve(
     if len(found) > 1:
         low, high = (list(map(part, zip(*columns, strict=True))) for part in (min, max))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def final_losses(axes: Axes, optimizer: str, losses: Mapping[Any, float]) -> None:
+    """Draws the final validation losses of an optimiser against a setting, by its value."""
+    style: dict[str, Any] = {"color": COLOURS[optimizer], "label": optimizer.replace("_", " ")}
+    axes.plot(list(losses), list(losses.values()), "o-", **style)
+    axes.set_ylabel("final validation loss")
+
+
+def log_axis(axes: Axes, values: Sequence[Any], form: str = "g") -> None:
+    """Makes the horizontal axis logarithmic, with these values marked and no others."""
+    axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:{form}}" for value in values])
+    axes.minorticks_off()
 
 
 def losses_of_tasks(

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import tasks
 from experiments.figures.runs import (
-    COLOURS,
     Need,
     Run,
-    best_runs,
+    best_of_grid,
     final,
+    final_losses,
     first,
     five_tasks,
     legend,
+    log_axis,
     losses_of_tasks,
     picture,
     row,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 BASE = "agd_spectral_averaged"
-SEEDS = (0,)
 
 
 class Variants:
@@ -97,10 +97,8 @@ class Variants:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(losses)), [name.removeprefix("v_") for name in losses])
         axes.invert_yaxis()
-        axes.set(xlabel="final validation loss, over that with a momentum of 0.95", xscale="log")
-        ticks = (0.9, 1, 1.1, 1.2, 1.3, 1.5)
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.minorticks_off()
+        axes.set(xlabel="final validation loss, over that with a momentum of 0.95")
+        log_axis(axes, (0.9, 1, 1.1, 1.2, 1.3, 1.5))
         legend(canvas)
         return canvas
 
@@ -128,23 +126,18 @@ class Horizons:
             for its in self.tasks(budget).values()
             for task in its
             for name in self.optimizers
-            for need in tuned(task, name, SEEDS, runs)
+            for need in tuned(task, name, (0,), runs)
         ]
-
-    def best(self, task: Task, optimizer: str, runs: dict[str, Run]) -> list[Run]:
-        """Returns the run of the best rate of a whole grid, or none."""
-        whole = all(need.name in runs for need in tuned(task, optimizer, SEEDS, runs))
-        return best_runs(task, optimizer, SEEDS, runs) if whole else []
 
     def tables(self, budget: Budget, runs: dict[str, Run]) -> list[pd.DataFrame]:
         """Returns the losses, and after what part of its steps spectral AGD is where AdamW ends."""
         rows = []
         for task in itertools.chain.from_iterable(self.tasks(budget).values()):
-            found = {name: self.best(task, name, runs) for name in self.optimizers}
+            found = {name: best_of_grid(task, name, runs) for name in self.optimizers}
             fields = {"task": task.name, "steps": f"{task.steps:,}"}
-            fields |= {name: f"{final(those[0]):.4f}" for name, those in found.items() if those}
-            if all(found.values()):
-                [run], [reference] = found.values()
+            fields |= {name: f"{final(run):.4f}" for name, run in found.items() if run}
+            run, reference = found.values()
+            if run and reference:
                 target = final(reference)
                 fields["rate"] = f"{reference['key']['rate']:g}"
                 fields["ratio"] = f"{final(run) / target:.3f}"
@@ -159,12 +152,11 @@ class Horizons:
         canvas, panels = picture(len(its))
         for axes, (title, lengths) in zip(panels, its.items(), strict=True):
             for name in self.optimizers:
-                found = {t.steps: final(r) for t in lengths for r in self.best(t, name, runs)}
-                style: dict[str, Any] = {"color": COLOURS[name], "label": name.replace("_", " ")}
-                axes.plot(list(found), list(found.values()), "o-", **style)
-            axes.set(title=title, xlabel="steps", ylabel="final validation loss", xscale="log")
-            axes.set_xticks([t.steps for t in lengths], [f"{t.steps:,}" for t in lengths])
-            axes.minorticks_off()
+                found = {t.steps: best_of_grid(t, name, runs) for t in lengths}
+                losses = {steps: final(run) for steps, run in found.items() if run}
+                final_losses(axes, name, losses)
+            log_axis(axes, [task.steps for task in lengths], ",")
+            axes.set(title=title, xlabel="steps")
         legend(canvas)
         return canvas
 
